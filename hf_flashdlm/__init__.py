@@ -1,0 +1,36 @@
+"""Fast decoding of masked diffusion language models with Hugging Face transformers.
+
+Importing the package registers LLaDA and Dream with the Auto classes.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from .cache import FreeCache
+from .configuration_dream import DreamConfig
+from .configuration_llada import LLaDAConfig
+from .generation import FlashDLMGenerationMixin
+from .generation_config import DiffusionOptions
+from .guider import ARGuider
+from .modeling_dream import DreamModel
+from .modeling_llada import LLaDAModelLM
+from .outputs import DiffusionGenerationOutput
+
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ARGuider",
+    "DiffusionGenerationOutput",
+    "DiffusionOptions",
+    "DreamConfig",
+    "DreamModel",
+    "FlashDLMGenerationMixin",
+    "FreeCache",
+    "LLaDAConfig",
+    "LLaDAModelLM",
+]
+
+for _config, _model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
+    AutoConfig.register(_config.model_type, _config)
+    for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+        _auto.register(_config, _model)

@@ -1,0 +1,222 @@
+"""FreeCache: keys and values kept at absolute canvas positions, the finished ones frozen.
+
+Owns the buffers, where the next forward writes, how many keys its queries see, and which positions may never be
+written again. Knows nothing of tokens, blocks, or why a position was frozen.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
+
+
+@dataclass
+class _Target:
+    """Where the next forward writes; one object is shared by all layers of a cache."""
+
+    start: int = 0
+    stop: int | None = None  # `None`: as many positions as there are queries
+    positions: torch.LongTensor | None = None  # (B, N), in place of start and stop where the rows differ
+    attended: int | None = None  # number of leading keys that the queries see; `None`: all
+
+
+class FreeCacheLayer(DynamicLayer):
+    """One layer of [`FreeCache`]: buffers of shape `(batch_size, num_heads, canvas_length, head_dim)`."""
+
+    is_croppable = False
+
+    def __init__(self, target: _Target):
+        super().__init__()
+        self.target = target
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        # The first forward covers the whole canvas, so its states are the buffers: nothing is ever concatenated.
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
+        """Write the new states at the target positions and return all the states that the queries attend to."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        else:
+            self._write(self.keys, key_states)
+            self._write(self.values, value_states)
+        attended = self.target.attended
+        if attended is None or attended == self.keys.shape[-2]:
+            return self.keys, self.values
+        return self.keys[:, :, :attended], self.values[:, :, :attended]
+
+    def _write(self, buffer: torch.Tensor, states: torch.Tensor) -> None:
+        if self.target.positions is None:
+            buffer[:, :, self.target.start : self.target.stop] = states
+        else:
+            # A row with fewer positions than the others repeats one: both copies hold the same states.
+            buffer.scatter_(2, self.target.positions[:, None, :, None].expand_as(states), states)
+
+    def get_seq_length(self) -> int:
+        return self.target.start
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if not self.is_initialized:
+            return query_length, 0
+        return self.target.attended or self.keys.shape[-2], 0
+
+    def get_max_length(self) -> int:
+        return self.keys.shape[-2] if self.is_initialized else -1
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError(
+            "A `FreeCache` holds states at absolute positions and cannot be cropped: call `window` to say which of "
+            f"them the next forward rewrites, got `crop({tokens_to_remove})`."
+        )
+
+    # The host's versions do nothing while `get_seq_length()` is 0, which here only says where the window starts.
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.keys = self.keys.repeat_interleave(repeats, dim=0)
+            self.values = self.values.repeat_interleave(repeats, dim=0)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        if self.is_initialized:
+            self.keys = self.keys[indices.to(self.keys.device)]
+            self.values = self.values[indices.to(self.values.device)]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+
+class FreeCache(DynamicCache):
+    r"""
+    The cache of FlashDLM (FreeCache, https://arxiv.org/abs/2505.21467, section 3): states of the prompt and of finished
+    text are computed once, frozen, and from then on only read.
+
+    The first forward covers the whole canvas and sizes the buffers. Before every later forward [`~FreeCache.window`]
+    says which positions it recomputes; freezing moves one integer per row. As long as the canvas does not change, a
+    windowed forward equals the full forward to rounding; once it changes, what lies outside the window keeps the
+    states it had, and that is the only approximation.
+
+    Any v5 model works with it unchanged, if it is called with explicit `position_ids` (the canvas positions that are
+    fed) and, where needed, with a 2D `attention_mask` over the attended keys.
+
+    Example:
+
+    ```python
+    >>> cache = FreeCache()
+    >>> full = model(canvas, past_key_values=cache)  # (B, L): sizes the buffers
+    >>> cache.freeze(prompt_length)
+    >>> cache.window(prompt_length, canvas.shape[1])
+    >>> position_ids = torch.arange(prompt_length, canvas.shape[1])[None]
+    >>> logits = model(canvas[:, prompt_length:], position_ids=position_ids, past_key_values=cache).logits
+    ```
+    """
+
+    keeps_positions = True
+
+    def __init__(self):
+        self.target = _Target()
+        self.frozen_length = torch.zeros(1, dtype=torch.long)
+        Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))
+
+    @property
+    def canvas_length(self) -> int | None:
+        """Number of positions the buffers hold, `None` before the first forward."""
+        return self.layers[0].keys.shape[-2] if self.is_initialized else None
+
+    def window(self, lo: int, hi: int, attended: int | None = None) -> None:
+        """
+        The next forward recomputes the canvas positions `[lo, hi)` of every row.
+
+        Args:
+            lo (`int`): First position, not below the frozen length of any row.
+            hi (`int`): End of the window, exclusive, at most the canvas length.
+            attended (`int`, *optional*): The queries see the keys `[0, attended)`; by default all of the canvas.
+
+        Raises:
+            ValueError: If the window lies outside the canvas or reaches into frozen positions.
+        """
+        self._check(torch.tensor([lo]), torch.tensor([hi]))
+        self.target.start, self.target.stop, self.target.positions = lo, hi, None
+        self.target.attended = attended
+
+    def scatter(self, positions: torch.LongTensor, attended: int | None = None) -> None:
+        """
+        The next forward recomputes a set of canvas positions of its own for each row.
+
+        Args:
+            positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
+                The positions fed, in the order in which they are fed; on the CPU. A row with fewer positions than the
+                others repeats one of its own.
+            attended (`int`, *optional*): The queries see the keys `[0, attended)`; by default all of the canvas.
+
+        Raises:
+            ValueError: If a position lies outside the canvas or is frozen.
+        """
+        self._check(positions.amin(1), positions.amax(1) + 1)
+        self.target.start, self.target.stop = int(positions.min()), None
+        self.target.positions = positions.to(self.layers[0].keys.device)
+        self.target.attended = attended
+
+    def freeze(self, length: int | torch.LongTensor) -> None:
+        """
+        Freeze the positions `[0, length)`: no later forward may rewrite them.
+
+        Args:
+            length (`int` or `torch.LongTensor` of shape `(batch_size,)`):
+                Frozen length, one for the batch or one per row. It never shrinks.
+
+        Raises:
+            ValueError: If a length is below what is already frozen, or beyond the canvas.
+        """
+        length = torch.as_tensor(length, dtype=torch.long).reshape(-1).cpu()
+        if (length < self.frozen_length).any():
+            raise ValueError(
+                f"`length` must not be below the frozen length {self.frozen_length.tolist()}, got {length.tolist()}: "
+                "frozen states stay frozen until `reset`."
+            )
+        if length.max() > (self.canvas_length or 0):
+            raise ValueError(
+                f"`length` must be at most the {self.canvas_length or 0} positions computed so far, got "
+                f"{length.tolist()}: run the forward over the whole canvas first."
+            )
+        self.frozen_length = length
+
+    def _check(self, lo: torch.LongTensor, hi: torch.LongTensor) -> None:
+        if (lo < self.frozen_length).any():
+            raise ValueError(
+                f"A window must start at or behind the frozen length {self.frozen_length.tolist()}, got "
+                f"{lo.tolist()}: frozen positions are never rewritten."
+            )
+        length = self.canvas_length
+        if length is None and lo.any():
+            raise ValueError(
+                f"The first window must cover the whole canvas, got a start of {lo.tolist()}: its forward sizes the "
+                "buffers."
+            )
+        if (hi <= lo).any() or (length is not None and (hi > length).any()):
+            raise ValueError(
+                f"A window must hold at least one position and end within the canvas of {length}, got "
+                f"{lo.tolist()} to {hi.tolist()}."
+            )
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.frozen_length.numel() > 1:
+            self.frozen_length = self.frozen_length.repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` of the batch, in that order."""
+        super().batch_select_indices(indices)
+        if self.frozen_length.numel() > 1:
+            self.frozen_length = self.frozen_length[indices.cpu()]
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def reset(self) -> None:
+        """Drop all states; the next forward sizes the buffers again."""
+        super().reset()
+        self.frozen_length = torch.zeros(1, dtype=torch.long)
+        self.target.start, self.target.stop, self.target.positions, self.target.attended = 0, None, None, None
