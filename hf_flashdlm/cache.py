@@ -20,6 +20,7 @@ class _Target:
     stop: int | None = None  # `None`: as many positions as there are queries
     positions: torch.LongTensor | None = None  # (B, N), in place of start and stop where the rows differ
     attended: int | None = None  # number of leading keys that the queries see; `None`: all
+    canvas_length: int | None = None  # length of the buffers; `None`: what the first forward covers
 
 
 class FreeCacheLayer(DynamicLayer):
@@ -32,9 +33,13 @@ class FreeCacheLayer(DynamicLayer):
         self.target = target
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # The first forward covers the whole canvas, so its states are the buffers: nothing is ever concatenated.
+        # Where the first forward covers the whole canvas its states are the buffers: nothing is ever concatenated.
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+        missing = (self.target.canvas_length or 0) - key_states.shape[-2]
+        self.keys, self.values = (
+            torch.nn.functional.pad(states, (0, 0, 0, missing)) if missing > 0 else states.contiguous()
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs):
@@ -93,13 +98,16 @@ class FreeCache(DynamicCache):
     The cache of FlashDLM (FreeCache, https://arxiv.org/abs/2505.21467, section 3): states of the prompt and of finished
     text are computed once, frozen, and from then on only read.
 
-    The first forward covers the whole canvas and sizes the buffers. Before every later forward [`~FreeCache.window`]
+    The first forward starts at position 0 and sizes the buffers, unless they are given a length. Before every later forward [`~FreeCache.window`]
     says which positions it recomputes; freezing moves one integer per row. As long as the canvas does not change, a
     windowed forward equals the full forward to rounding; once it changes, what lies outside the window keeps the
     states it had, and that is the only approximation.
 
     Any v5 model works with it unchanged, if it is called with explicit `position_ids` (the canvas positions that are
     fed) and, where needed, with a 2D `attention_mask` over the attended keys.
+
+    Args:
+        canvas_length (`int`, *optional*): Length of the buffers; by default that of the first forward.
 
     Example:
 
@@ -115,8 +123,8 @@ class FreeCache(DynamicCache):
 
     keeps_positions = True
 
-    def __init__(self):
-        self.target = _Target()
+    def __init__(self, canvas_length: int | None = None):
+        self.target = _Target(canvas_length=canvas_length)
         self.frozen_length = torch.zeros(1, dtype=torch.long)
         Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))
 
@@ -159,13 +167,17 @@ class FreeCache(DynamicCache):
         self.target.positions = positions.to(self.layers[0].keys.device)
         self.target.attended = attended
 
+    def thaw(self) -> None:
+        """Freeze nothing any more, so that the next forward can refresh what was frozen."""
+        self.frozen_length = torch.zeros(1, dtype=torch.long)
+
     def freeze(self, length: int | torch.LongTensor) -> None:
         """
         Freeze the positions `[0, length)`: no later forward may rewrite them.
 
         Args:
             length (`int` or `torch.LongTensor` of shape `(batch_size,)`):
-                Frozen length, one for the batch or one per row. It never shrinks.
+                Frozen length, one for the batch or one per row. It never shrinks but by `thaw`.
 
         Raises:
             ValueError: If a length is below what is already frozen, or beyond the canvas.
@@ -174,7 +186,7 @@ class FreeCache(DynamicCache):
         if (length < self.frozen_length).any():
             raise ValueError(
                 f"`length` must not be below the frozen length {self.frozen_length.tolist()}, got {length.tolist()}: "
-                "frozen states stay frozen until `reset`."
+                "frozen states stay frozen until `thaw`."
             )
         if length.max() > (self.canvas_length or 0):
             raise ValueError(
@@ -192,8 +204,8 @@ class FreeCache(DynamicCache):
         length = self.canvas_length
         if length is None and lo.any():
             raise ValueError(
-                f"The first window must cover the whole canvas, got a start of {lo.tolist()}: its forward sizes the "
-                "buffers."
+                f"The first window must start at position 0, got {lo.tolist()}: every state is computed once before it "
+                "is kept."
             )
         if (hi <= lo).any() or (length is not None and (hi > length).any()):
             raise ValueError(

@@ -52,12 +52,7 @@ class Denoiser:
             `tuple`: logits in float32 of shape `(batch_size, num_positions, vocab_size)`, and the number of query
             positions computed for each row.
         """
-        # With a shift the first score comes from the position before it, which a cut window has to include.
-        lo = torch.minimum(window.lo, (frontier - self.shift).clamp_min(0))
-        if self.cache is None:
-            lo = torch.zeros_like(lo)
-        feed = self._feed(lo, window)
-        slots = (positions - self.shift - lo[:, None]).clamp(min=0, max=int((window.hi - lo).max()) - 1)
+        feed, slots, computed = self._plan(window, positions, frontier)
         first, last = int(slots.min()), int(slots.max())
         logits = self.model(
             input_ids=canvas[:, feed] if isinstance(feed, slice) else canvas.gather(1, feed),
@@ -70,22 +65,51 @@ class Denoiser:
         if slots.shape[1] != logits.shape[1] or not (slots == slots[:1]).all():
             rows = torch.arange(len(slots), device=logits.device)[:, None]
             logits = logits[rows, (slots - first).to(logits.device)]
-        return logits.float(), window.hi - lo
+        return logits.float(), computed
 
-    def _feed(self, lo: torch.LongTensor, window: Window) -> slice | torch.LongTensor:
-        """The positions to feed, as a slice where all rows agree; tells the cache where their states go."""
-        start, stop, attended = int(lo[0]), int(window.hi.max()), int(window.attended.max())
+    def _plan(self, window: Window, positions: torch.LongTensor, frontier: torch.LongTensor):
+        """
+        What to feed, as a slice where all rows agree and `(B, n)` positions elsewhere; the slot `(B, N)` of it whose
+        output scores each position; how many positions each row computes. Tells the cache where the states go.
+        """
+        # With a shift the first score comes from the position before it, which a cut window has to include.
+        source = (positions - self.shift).clamp_min(0)
+        lo = torch.minimum(window.lo, (frontier - self.shift).clamp_min(0))
         if self.cache is None:
-            return slice(0, stop)
+            stop = int(window.hi.max())
+            return slice(0, stop), source.clamp_max(stop - 1), window.hi
+        if (window.frozen < self.cache.frozen_length).any():
+            self.cache.thaw()
         self.cache.freeze(torch.minimum(window.frozen, lo))
+        attended = int(window.attended.max())
+        if window.scored is not None:
+            return self._plan_scattered(window, source, attended)
+        start, stop, computed = int(lo[0]), int(window.hi[0]), window.hi - lo
+        slots = (source - lo[:, None]).clamp(min=0, max=int(computed.max()) - 1)
         if (lo == start).all() and (window.hi == stop).all():
             self.cache.window(start, stop, attended)
-            return slice(start, stop)
+            return slice(start, stop), slots, computed
         # A row with a smaller window repeats its last position: the same states are computed and stored twice.
-        positions = lo[:, None] + torch.arange(int((window.hi - lo).max()))
-        positions = torch.minimum(positions, window.hi[:, None] - 1)
-        self.cache.scatter(positions, attended)
-        return positions.to(self.canvas_mask.device)
+        feed = torch.minimum(lo[:, None] + torch.arange(int(computed.max())), window.hi[:, None] - 1)
+        self.cache.scatter(feed, attended)
+        return feed.to(self.canvas_mask.device), slots, computed
+
+    def _plan_scattered(self, window: Window, source: torch.LongTensor, attended: int):
+        """The same for a window that recomputes only what scores certain positions."""
+        fed = window.scored
+        if self.shift:
+            fed = fed.roll(-1, 1)
+            fed[:, -1] = window.scored.all(1)  # scores nothing in the canvas: recomputed in a refresh only
+            if window.scored_too:
+                fed |= window.scored
+                fed[:, -1] = fed[:, -2]
+        fed = fed & (torch.arange(fed.shape[1]) >= window.frozen[:, None])
+        computed = fed.sum(1)
+        order = (~fed).long().argsort(dim=1, stable=True)[:, : int(computed.max())]
+        feed = order.gather(1, torch.minimum(torch.arange(order.shape[1]), computed[:, None] - 1))
+        self.cache.scatter(feed, attended)
+        slots = (fed.cumsum(1) - 1).clamp_min(0).gather(1, source)
+        return feed.to(self.canvas_mask.device), slots, computed
 
     def _attention_mask(self, attended: torch.LongTensor) -> torch.LongTensor | None:
         """2D mask over the attended keys, `None` where every row sees them all."""
@@ -105,3 +129,38 @@ class Denoiser:
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
         if self.cache is not None:
             self.cache.batch_select_indices(indices)
+
+
+class ClassifierFreeGuidance:
+    r"""
+    A denoiser whose logits are u + scale * (c - u), with c given the prompt and u without it, both from one doubled
+    batch (https://arxiv.org/abs/2502.09992, appendix A.2; LLaDA's cfg_scale is `scale - 1`).
+
+    Args:
+        denoiser ([`Denoiser`]): A denoiser for `2 * batch_size` rows, the unconditional ones last.
+        scale (`float`): The host's `guidance_scale`.
+        unconditional (`torch.LongTensor` of shape `(batch_size, canvas_length)`):
+            What the unconditional rows hold where the canvas is given: mask tokens, or a negative prompt.
+        given (`torch.BoolTensor` of shape `(batch_size, canvas_length)`): Where the canvas is given.
+    """
+
+    def __init__(self, denoiser: Denoiser, scale: float, unconditional: torch.LongTensor, given: torch.BoolTensor):
+        self.denoiser, self.scale = denoiser, scale
+        self.unconditional, self.given = unconditional, given
+
+    def __call__(self, canvas, window, positions, frontier) -> tuple[torch.Tensor, torch.LongTensor]:
+        """As [`Denoiser`], with the positions of both halves counted."""
+        canvas = torch.cat([canvas, torch.where(self.given, self.unconditional, canvas)])
+        doubled = {
+            name: value.repeat(2, *[1] * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value
+            for name, value in vars(window).items()
+        }
+        logits, computed = self.denoiser(canvas, Window(**doubled), positions.repeat(2, 1), frontier.repeat(2))
+        conditional, unconditional = logits.chunk(2)
+        return unconditional + self.scale * (conditional - unconditional), sum(computed.chunk(2))
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` (on the CPU) of the batch."""
+        self.denoiser.batch_select_indices(torch.cat([indices, indices + len(self.given)]))
+        rows = indices.to(self.given.device)
+        self.unconditional, self.given = self.unconditional[rows], self.given[rows]

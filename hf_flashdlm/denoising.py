@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .unmasking import select
+from .unmasking import negative_entropy, select
 from .windows import WindowPolicy
 
 
@@ -24,13 +24,18 @@ class DenoisingState:
     canvas: torch.LongTensor  # (B, L) token ids, masks included
     tokens: torch.LongTensor  # (B, L) the canvas on the CPU
     masked: torch.BoolTensor  # (B, L) on the CPU
+    previously_masked: torch.BoolTensor  # (B, L) as the last forward saw it
     rows: torch.LongTensor  # (B,) which row of the caller's batch each row is
     frontiers: torch.LongTensor  # (B, 1 + H) first masked position now, and as the k-th last forward saw it (0: none)
-    block_index: torch.LongTensor  # (B,) the block that holds the frontier, -1 before the first step
-    block_masked: torch.LongTensor  # (B,) masked positions of the block when the row entered it
-    step: torch.LongTensor  # (B,) steps taken in the block
+    block_index: torch.LongTensor  # (B,) the block being unmasked, -1 before the first step
+    block_start: torch.LongTensor  # (B,)
+    block_stop: torch.LongTensor  # (B,) exclusive
+    block_masked: torch.LongTensor  # (B,) masked positions up to the block's end when the row entered it
+    block_nfe: torch.LongTensor  # (B,) forwards since then
+    step: torch.LongTensor  # (B,) where the block's schedule stands
     nfe: torch.LongTensor  # (B,) forwards so far
     active_tokens: torch.LongTensor  # (B,) query positions computed so far
+    written_entropy: torch.Tensor  # (B,) highest entropy of a token written at the last step, where it is measured
 
     def __getitem__(self, indices: torch.LongTensor) -> "DenoisingState":
         """The state of the rows `indices`."""
@@ -40,37 +45,46 @@ class DenoisingState:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the generated region is tiled, and how far a step may look for candidates.
+    r"""
+    How the generated region is tiled, and where a step may write.
 
-    Masks inside the prompt belong to the first block.
+    Args:
+        prompt_length (`int`): Where the first block starts. Masks inside the prompt belong to it.
+        block_length (`int`): Length of every block; the last may be cut by the end of the canvas.
+        lookahead (`int`, *optional*): Candidates are so many positions from the frontier on, whatever the block.
+        synchronous (`bool`): Rows that have finished a block wait for the others before they enter the next.
     """
 
     prompt_length: int
     block_length: int
-    lookahead: int | None = None  # candidates are this many positions from the frontier on, not the block's
+    lookahead: int | None = None
+    synchronous: bool = False
 
     def enter(self, state: DenoisingState) -> DenoisingState:
         """Renew the fields of the state that depend on the block its frontier has reached."""
-        block_index = (state.frontiers[:, 0] - self.prompt_length).clamp_min(0) // self.block_length
-        entered = block_index != state.block_index
-        inside = torch.arange(state.masked.shape[1]) < self._stop(block_index)[:, None]
+        index = (state.frontiers[:, 0] - self.prompt_length).clamp_min(0) // self.block_length
+        if self.synchronous:
+            index = index.amin().expand_as(index)
+        entered = index != state.block_index
+        if not entered.any():
+            return state
+        start = self.prompt_length + index * self.block_length
+        stop = (start + self.block_length).clamp_max(state.masked.shape[1])
+        masked = (state.masked & (torch.arange(state.masked.shape[1]) < stop[:, None])).sum(1)
         return replace(
             state,
-            block_index=block_index,
-            block_masked=torch.where(entered, (state.masked & inside).sum(1), state.block_masked),
+            block_index=index,
+            block_start=start,
+            block_stop=stop,
+            block_masked=torch.where(entered, masked, state.block_masked),
+            block_nfe=torch.where(entered, 0, state.block_nfe),
             step=torch.where(entered, 0, state.step),
         )
-
-    def _stop(self, block_index: torch.LongTensor) -> torch.LongTensor:
-        return self.prompt_length + (block_index + 1) * self.block_length
 
     def candidates(self, state: DenoisingState, hi: torch.LongTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
         """Consecutive positions `(B, N)` from each row's frontier on, and which of them may be written; on the CPU."""
         start = state.frontiers[:, 0]
-        if self.lookahead is None:
-            stop = self._stop(state.block_index)
-        else:
-            stop = start + self.lookahead
+        stop = state.block_stop if self.lookahead is None else start + self.lookahead
         stop = torch.minimum(stop, hi)
         num_positions = int((stop - start).max())
         # Rows near the end of the canvas start earlier: what lies before their frontier is no candidate.
@@ -104,8 +118,23 @@ def start_denoising(canvas: torch.LongTensor, mask_token_id: int, history: int) 
     zeros = torch.zeros(len(canvas), dtype=torch.long)
     frontiers = torch.zeros(len(canvas), 1 + history, dtype=torch.long)
     frontiers[:, 0] = masked.int().argmax(1)
-    rows = torch.arange(len(canvas))
-    return DenoisingState(canvas, tokens, masked, rows, frontiers, zeros - 1, zeros, zeros, zeros, zeros)
+    return DenoisingState(
+        canvas=canvas,
+        tokens=tokens,
+        masked=masked,
+        previously_masked=masked,
+        rows=torch.arange(len(canvas)),
+        frontiers=frontiers,
+        block_index=zeros - 1,
+        block_start=zeros,
+        block_stop=zeros,
+        block_masked=zeros,
+        block_nfe=zeros,
+        step=zeros,
+        nfe=zeros,
+        active_tokens=zeros,
+        written_entropy=torch.zeros(len(canvas)),
+    )
 
 
 def denoise(
@@ -113,7 +142,7 @@ def denoise(
     denoiser: Callable,
     method: Method,
     processors: Callable,
-    sampler: Callable,
+    drafter: Callable,
     after_step: Callable,
 ) -> None:
     r"""
@@ -131,7 +160,7 @@ def denoise(
             (B,))`, with `batch_select_indices`, see [`Denoiser`].
         method ([`Method`]): The parts that decide.
         processors (`Callable`): `(canvas, scores, positions=, frontier=) -> scores`, with `batch_select_indices`.
-        sampler (`Callable`): `scores -> (token ids, probabilities)`, both `(B, N)`; probability 0 refuses a position.
+        drafter (`Callable`): `scores -> (token ids, confidence)`, both `(B, N)`; `-inf` refuses a position.
         after_step (`Callable`): Is shown the state after each step and returns which rows are finished, `(B,)`.
 
     Raises:
@@ -146,14 +175,21 @@ def denoise(
         frontier = state.frontiers[:, 0]
         scores, computed = denoiser(state.canvas, window, positions, frontier)
         # 3. drafts
-        scores = processors(state.canvas, scores, positions=positions, frontier=frontier)
-        token_ids, confidence = sampler(scores)
+        entropy = -negative_entropy(scores) if method.window_policy.needs_entropy else None
+        token_ids, confidence = drafter(processors(state.canvas, scores, positions=positions, frontier=frontier))
         # 4. unmasking
-        device = confidence.device
         quota, next_step = method.schedule(state)
-        unmask = select(confidence, candidate.to(device) & (confidence > 0), quota.to(device), method.rule)
-        state = _write(state, positions, token_ids, unmask)
-        state = replace(state, step=next_step, nfe=state.nfe + 1, active_tokens=state.active_tokens + computed)
+        unmask = select(confidence, candidate.to(confidence.device), quota.to(confidence.device), method.rule)
+        state = _write(state, positions, token_ids, unmask, due=candidate.any(1) & (quota > 0))
+        if entropy is not None:
+            state = replace(state, written_entropy=entropy.masked_fill(~unmask, 0).amax(1).cpu())
+        state = replace(
+            state,
+            step=next_step,
+            block_nfe=state.block_nfe + 1,
+            nfe=state.nfe + 1,
+            active_tokens=state.active_tokens + computed,
+        )
         # 5. finished rows leave
         finished = after_step(state)
         if finished.any():
@@ -163,14 +199,14 @@ def denoise(
             processors.batch_select_indices(unfinished)
 
 
-def _write(state: DenoisingState, positions, token_ids, unmask) -> DenoisingState:
+def _write(state: DenoisingState, positions, token_ids, unmask, due: torch.BoolTensor) -> DenoisingState:
     """Put the chosen tokens on a new canvas and find the new frontiers: the one transfer of a step."""
     positions = positions.to(state.canvas.device)
     written = torch.where(unmask, token_ids, state.canvas.gather(1, positions))
     canvas = state.canvas.scatter(1, positions, written)
     tokens = canvas.cpu()
     masked = state.masked & (tokens == state.tokens)
-    stuck = masked.sum(1) == state.masked.sum(1)
+    stuck = due & (masked == state.masked).all(1)
     if stuck.any():
         raise RuntimeError(
             f"Row {int(state.rows[stuck][0])} could not unmask any position: every candidate was refused or has no "
@@ -178,5 +214,10 @@ def _write(state: DenoisingState, positions, token_ids, unmask) -> DenoisingStat
         )
     frontier = torch.where(masked.any(1), masked.int().argmax(1), masked.shape[1])[:, None]
     return replace(
-        state, canvas=canvas, tokens=tokens, masked=masked, frontiers=torch.cat([frontier, state.frontiers[:, :-1]], 1)
+        state,
+        canvas=canvas,
+        tokens=tokens,
+        masked=masked,
+        previously_masked=state.masked,
+        frontiers=torch.cat([frontier, state.frontiers[:, :-1]], 1),
     )

@@ -6,26 +6,30 @@ criteria, length and typo checks, stays the host's. Knows nothing of how a step 
 """
 
 import time
-from functools import partial
+from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import pad
 from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
-from transformers.generation import EosTokenCriteria, LogitsProcessorList, MaxLengthCriteria
+from transformers.generation import (
+    EosTokenCriteria,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
+)
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import FreeCache
-from .denoiser import Denoiser
-from .denoising import Blocks, Method, denoise, start_denoising
-from .generation_config import DiffusionOptions
+from .denoiser import ClassifierFreeGuidance, Denoiser
+from .denoising import denoise, start_denoising
+from .generation_config import PEER_NAMES, RULES, DiffusionOptions
 from .guider import ARGuider
+from .methods import choose_parts
 from .outputs import DiffusionGenerationOutput, Rows
 from .processors import CanvasProcessors
-from .schedule import MinimumSchedule, TimestepSchedule, UniformSchedule, split_steps
-from .unmasking import ConfidenceThreshold, draft
-from .windows import FreeCacheWindow, FullWindow
+from .streaming import Stream
+from .unmasking import Drafter
 
-
-DEFAULT_CONFIDENCE_THRESHOLD = 0.9
 
 # What the host offers and a denoised canvas has no meaning for, with the value that asks for nothing.
 _REFUSED = {
@@ -73,13 +77,23 @@ class FlashDLMGenerationMixin(GenerationMixin):
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """Hook 2 of 4: keywords of ours, which the host's config would call unknown; refusals."""
+        for name in kwargs.keys() & PEER_NAMES.keys():
+            raise ValueError(f"`{name}` is an option of other implementations: here it is `{PEER_NAMES[name]}`.")
         ours = {name: kwargs.pop(name) for name in DiffusionOptions.names() if name in kwargs}
+        given = set(ours) | (set() if generation_config is None else set(vars(generation_config)))
         if kwargs.pop("use_cache", None) is False:
             # Only the caller's word counts: checkpoints set it to false because autoregressive caching fails there.
             ours.setdefault("window_policy", "none")
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         for name, value in ours.items():
             setattr(generation_config, name, value)
+        shortest = generation_config.max_new_tokens
+        if (
+            "block_length" not in given
+            and shortest
+            and (getattr(generation_config, "block_length", None) or 0) > shortest
+        ):
+            generation_config.block_length = shortest  # a recommendation of the model yields to a short request
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
@@ -118,59 +132,120 @@ class FlashDLMGenerationMixin(GenerationMixin):
             raise ValueError("`generator` is the source of randomness of `do_sample=True`, got do_sample=False.")
         # 1. The canvas: prompt and masks.
         options = DiffusionOptions.read(generation_config)
-        mask_token_id = options.mask_token_id
-        if mask_token_id is None:
-            mask_token_id = getattr(self.config, "mask_token_id", None)
-        prompt_mask = model_kwargs.get("attention_mask")
-        if prompt_mask is None:
-            prompt_mask = torch.ones_like(input_ids)
-        _check_prompt(self, input_ids, prompt_mask, generation_config.max_length, mask_token_id)
-        prompt_length, num_new = input_ids.shape[1], generation_config.max_length - input_ids.shape[1]
-        canvas = torch.nn.functional.pad(input_ids, (0, num_new), value=mask_token_id).to(self.device)
-        canvas_mask = torch.nn.functional.pad(prompt_mask, (0, num_new), value=1).to(self.device)
+        mask_token_id = _mask_token_id(self, options)
+        logits_processor, guidance = _split_guidance(logits_processor)
+        layout = _lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance)
+        _check_prompt(self, layout, mask_token_id, generation_config.max_length)
+        num_new = generation_config.max_length - input_ids.shape[1]
+        canvas = pad(layout.input_ids, (0, num_new), value=mask_token_id)
+        canvas_mask = pad(layout.prompt_mask, (0, num_new), value=1)
         # 2. The parts.
         guider = _guider(guider, options)
-        method = _method(options, prompt_length, num_new, guider)
-        denoiser = Denoiser(
-            self, canvas_mask, model_kwargs.get("past_key_values"), getattr(self.config, "logits_shift", 0)
-        )
-        processors = CanvasProcessors(logits_processor, guider)
-        sampling = {"sample": generation_config.do_sample, "generator": generator}
+        prompt_length = layout.input_ids.shape[1]
+        method = choose_parts(options, prompt_length, num_new, None if guider is None else guider.lookahead)
+        denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs)
+        temperature = generation_config.temperature if generation_config.do_sample else None
         if guider is not None:
-            guider.reset(canvas_mask, mask_token_id, self.config.get_text_config().vocab_size, **sampling)
+            vocab_size = self.config.get_text_config().vocab_size
+            guider.reset(canvas_mask, mask_token_id, vocab_size, temperature, generator)
+            temperature = None  # its drafts are drawn: what it accepts leaves nothing to draw
+        confidence = options.confidence if options.entropy_bound is None else "entropy"
+        drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
+        processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider)
+        # 3. The loop.
         state = start_denoising(canvas, mask_token_id, method.window_policy.history)
         rows = Rows(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
-        # 3. The loop.
-        stream = _Stream(streamer, prompt_length)
+        stream = Stream(streamer, prompt_length)
 
         def after_step(state):
             final, finished = rows.update(state)
-            stream.show(state, final)
+            stream.show(state.tokens, state.rows, final)
             return finished
 
-        denoise(state, denoiser, method, processors, partial(draft, mask_token_id=mask_token_id, **sampling), after_step)
+        denoise(state, denoiser, method, processors, drafter, after_step)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
-        output = rows.output(input_ids.device, **statistics)
+        output = rows.output(input_ids.device, skip=prompt_length - input_ids.shape[1], **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
 
 
-def _check_prompt(model, input_ids, prompt_mask, canvas_length: int, mask_token_id: int | None) -> None:
-    """Refuse prompts that cannot be continued."""
+@dataclass(frozen=True)
+class _Layout:
+    """Prompts of one length, padded on the left, on the model's device."""
+
+    input_ids: torch.LongTensor  # (B, P)
+    prompt_mask: torch.LongTensor  # (B, P)
+    negative_ids: torch.LongTensor | None = None  # (B, P)
+    negative_mask: torch.LongTensor | None = None
+
+
+def _lay_out(model, input_ids, prompt_mask, guidance) -> _Layout:
+    """Bring prompt and negative prompt to the same length."""
+    ids = input_ids.to(model.device)
+    mask = torch.ones_like(ids) if prompt_mask is None else prompt_mask.to(model.device)
+    if guidance is None or guidance.unconditional_context["input_ids"] is None:
+        return _Layout(ids, mask)
+    negative = guidance.unconditional_context["input_ids"].to(model.device)
+    negative_mask = guidance.unconditional_context["attention_mask"]
+    negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask.to(model.device)
+    repeats = len(ids) // len(negative)
+    longest = max(ids.shape[1], negative.shape[1])
+    return _Layout(
+        *(pad(one, (longest - one.shape[1], 0)) for one in (ids, mask)),
+        *(pad(one, (longest - one.shape[1], 0)).repeat_interleave(repeats, 0) for one in (negative, negative_mask)),
+    )
+
+
+def _split_guidance(logits_processor: LogitsProcessorList):
+    """Take the host's classifier-free guidance, which runs the model itself, out of its processors."""
+    kind = UnbatchedClassifierFreeGuidanceLogitsProcessor
+    guidance = next((one for one in logits_processor if isinstance(one, kind)), None)
+    return LogitsProcessorList(one for one in logits_processor if one is not guidance), guidance
+
+
+def _denoiser(model, canvas, canvas_mask, layout: _Layout, guidance, mask_token_id: int, model_kwargs):
+    shift = getattr(model.config, "logits_shift", 0)
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None:
+        cache.target.canvas_length = canvas.shape[1]
+    if guidance is None:
+        return Denoiser(model, canvas_mask, cache, shift)
+    given = canvas != mask_token_id
+    unconditional, unconditional_mask = torch.full_like(canvas, mask_token_id), canvas_mask
+    if layout.negative_ids is not None:
+        behind = (0, canvas.shape[1] - layout.negative_ids.shape[1])
+        unconditional = pad(layout.negative_ids, behind, value=mask_token_id)
+        unconditional_mask = pad(layout.negative_mask, behind, value=1)
+    denoiser = Denoiser(model, torch.cat([canvas_mask, unconditional_mask]), cache, shift)
+    return ClassifierFreeGuidance(denoiser, guidance.guidance_scale, unconditional, given)
+
+
+def _mask_token_id(model, options: DiffusionOptions) -> int:
+    mask_token_id = options.mask_token_id
+    if mask_token_id is None:
+        mask_token_id = getattr(model.config, "mask_token_id", None)
     vocab_size = model.config.get_text_config().vocab_size
     if mask_token_id is None or mask_token_id >= vocab_size:
         raise ValueError(
             f"`mask_token_id` must be an id of the model's vocabulary of {vocab_size}, got {mask_token_id}: set it in "
             "`model.config` or pass it to `generate`."
         )
+    return mask_token_id
+
+
+def _check_prompt(model, layout: _Layout, mask_token_id: int, max_length: int) -> None:
+    """Refuse prompts that cannot be continued."""
+    input_ids, prompt_mask = layout.input_ids, layout.prompt_mask
     if prompt_mask.shape != input_ids.shape:
         raise ValueError(
             f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
             f"{tuple(prompt_mask.shape)}."
         )
-    if input_ids.shape[1] == 0 or not prompt_mask.any(1).all():
-        raise ValueError("`input_ids` must hold at least one token in every row that is not padding, got an empty row.")
+    if input_ids.numel() == 0 or not prompt_mask.any(1).all():
+        raise ValueError(
+            "`input_ids` must hold at least one token in every row that is not padding, got an empty row."
+        )
     if not prompt_mask[:, -1].all():
         raise ValueError("`input_ids` must be padded on the left, got padding on the right: set padding_side='left'.")
     if ((input_ids == mask_token_id) & (prompt_mask == 0)).any():
@@ -179,9 +254,9 @@ def _check_prompt(model, input_ids, prompt_mask, canvas_length: int, mask_token_
             "another `pad_token` in the tokenizer."
         )
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and canvas_length > longest:
+    if longest is not None and max_length > longest:
         raise ValueError(
-            f"`max_new_tokens` and the prompt must fit the model's {longest} positions together, got {canvas_length}: "
+            f"`max_new_tokens` and the prompt must fit the model's {longest} positions together, got {max_length}: "
             "shorten one of them."
         )
 
@@ -205,33 +280,6 @@ def _guider(guider, options: DiffusionOptions):
     return guider
 
 
-def _method(options: DiffusionOptions, prompt_length: int, num_new: int, guider) -> Method:
-    """The choice of parts that the options name."""
-    steps = options.steps
-    num_blocks = options.check_lengths(num_new)
-    if options.window_policy == "none":
-        window_policy = FullWindow()
-    else:
-        window_policy = FreeCacheWindow(
-            prompt_length,
-            options.freeze_length or options.block_length,
-            options.freeze_lag,
-            options.left_margin,
-            options.right_window,
-            options.attend_stale,
-        )
-    if steps is None:
-        schedule = MinimumSchedule()
-        threshold = options.confidence_threshold
-        rule = ConfidenceThreshold(DEFAULT_CONFIDENCE_THRESHOLD if threshold is None else threshold)
-    else:
-        spread = split_steps(steps, num_blocks)
-        schedule = UniformSchedule(spread) if options.schedule == "uniform" else TimestepSchedule(spread, options.eps)
-        rule = None
-    blocks = Blocks(prompt_length, options.block_length, None if guider is None else guider.lookahead)
-    return Method(window_policy, blocks, schedule, rule)
-
-
 def _pad_token_id(generation_config: GenerationConfig) -> int:
     if generation_config.pad_token_id is not None:
         return generation_config.pad_token_id
@@ -244,28 +292,3 @@ def _ends(options: DiffusionOptions, stopping_criteria: list) -> tuple[torch.Lon
     ends = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
     others = [one for one in stopping_criteria if not isinstance(one, EosTokenCriteria | MaxLengthCriteria)]
     return torch.cat(ends).cpu() if ends and options.stop_at_eos else None, others
-
-
-class _Stream:
-    """Feeds a streamer of the host: final text once and in order, drafts of the rest where it shows them."""
-
-    def __init__(self, streamer, prompt_length: int):
-        self.streamer = streamer
-        self.shown = prompt_length
-
-    def show(self, state, final: torch.LongTensor) -> None:
-        if self.streamer is None:
-            return
-        if getattr(self.streamer, "shows_canvas", False):
-            self.streamer.put_draft(state.tokens)
-            return
-        end = int(final[0])
-        if end > self.shown:
-            self.streamer.put(state.tokens[0, self.shown : end])
-            self.shown = end
-        if end < state.tokens.shape[1] and hasattr(self.streamer, "put_draft"):
-            self.streamer.put_draft(state.tokens[:, end:])
-
-    def end(self) -> None:
-        if self.streamer is not None:
-            self.streamer.end()

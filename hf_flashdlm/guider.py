@@ -71,7 +71,7 @@ class ARGuider(LogitsProcessor):
         return self.num_drafts
 
     def reset(
-        self, canvas_mask: torch.LongTensor, mask_token_id: int, vocab_size: int, sample=False, generator=None
+        self, canvas_mask: torch.LongTensor, mask_token_id: int, vocab_size: int, temperature=None, generator=None
     ) -> None:
         r"""
         Forget the last call; called at the start of every `generate`.
@@ -80,8 +80,9 @@ class ARGuider(LogitsProcessor):
             canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas is padding.
             mask_token_id (`int`): The diffusion model's mask token.
             vocab_size (`int`): The size of the diffusion model's vocabulary.
-            sample (`bool`, *optional*): Draw the drafts instead of taking the most likely tokens.
-            generator (`torch.Generator`, *optional*): Source of randomness when sampling.
+            temperature (`float`, *optional*): Draw the drafts, from scores divided by this, instead of taking the
+                most likely tokens.
+            generator (`torch.Generator`, *optional*): Source of randomness when drawing.
 
         Raises:
             ValueError: If the guider has another vocabulary.
@@ -92,7 +93,7 @@ class ARGuider(LogitsProcessor):
                 f"`guider` must share the diffusion model's vocabulary of {vocab_size} tokens, got one of "
                 f"{guider_vocab_size}: choose a guider with the same tokenizer."
             )
-        self.mask_token_id, self.sample, self.generator = mask_token_id, sample, generator
+        self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
         self.canvas_mask = canvas_mask.to(self.model.device)
         self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
         self.cache = DynamicCache(config=self.model.config)
@@ -137,7 +138,7 @@ class ARGuider(LogitsProcessor):
         started = time.perf_counter()
         device = scores.device
         on_device = positions.to(device)
-        drafts, _ = draft(scores, self.mask_token_id, self.generator, self.sample)
+        drafts, _ = draft(scores, self.mask_token_id, self.temperature, self.generator)
         masked = input_ids.gather(1, on_device) == self.mask_token_id
         inside = (positions >= frontier[:, None]) & (positions < frontier[:, None] + self.num_drafts)
         judged = masked & inside.to(device)

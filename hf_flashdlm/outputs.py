@@ -99,11 +99,11 @@ class Rows:
             self.active_tokens[row] = state.active_tokens[index]
             self.clean[row] = end
 
-    def output(self, device, **guider_statistics) -> DiffusionGenerationOutput:
-        """The output of the call, on `device`, cut behind its longest row."""
+    def output(self, device, skip: int = 0, **guider_statistics) -> DiffusionGenerationOutput:
+        """The output of the call, on `device`, without the first `skip` columns, cut behind its longest row."""
         longest = int(self.clean.max())
         return DiffusionGenerationOutput(
-            sequences=self.sequences[:, :longest].to(device),
+            sequences=self.sequences[:, skip:longest].to(device),
             nfe=self.nfe,
             tokens_per_forward=self.lengths / self.nfe,
             active_tokens=self.active_tokens,

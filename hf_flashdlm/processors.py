@@ -1,26 +1,46 @@
 """Logits processors on a canvas.
 
-Owns how processors written for one next token, `(batch_size, vocab_size)` scores, are applied to many positions at
-once, and which of them can be. Knows nothing of the loop or of what any processor does.
+Owns how processors written for the scores of one next token, `(batch_size, vocab_size)`, are applied to many positions
+at once, and which of them can be. Knows nothing of the loop or of what any processor does.
 """
 
 import torch
 from transformers import LogitsProcessorList
-from transformers.generation import logits_process
+from transformers.generation import logits_process as host
 
 
-# These look at each position's scores alone, so applying them to all positions at once is exact.
+# Exact: these look at the scores of one position alone.
 POSITIONWISE = (
-    logits_process.TemperatureLogitsWarper,
-    logits_process.TopKLogitsWarper,
-    logits_process.TopPLogitsWarper,
-    logits_process.MinPLogitsWarper,
-    logits_process.TypicalLogitsWarper,
-    logits_process.EpsilonLogitsWarper,
-    logits_process.EtaLogitsWarper,
-    logits_process.SuppressTokensLogitsProcessor,
-    logits_process.InfNanRemoveLogitsProcessor,
-    logits_process.LogitNormalization,
+    host.TemperatureLogitsWarper,
+    host.TopKLogitsWarper,
+    host.TopPLogitsWarper,
+    host.TopHLogitsWarper,
+    host.MinPLogitsWarper,
+    host.TypicalLogitsWarper,
+    host.EpsilonLogitsWarper,
+    host.EtaLogitsWarper,
+    host.SuppressTokensLogitsProcessor,
+    host.InfNanRemoveLogitsProcessor,
+    host.LogitNormalization,
+)
+
+# Exact: these look at how many tokens stand left of the position.
+BY_LENGTH = (
+    host.MinLengthLogitsProcessor,
+    host.MinNewTokensLengthLogitsProcessor,
+    host.SuppressTokensAtBeginLogitsProcessor,
+    host.ForcedBOSTokenLogitsProcessor,
+    host.ForcedEOSTokenLogitsProcessor,
+    host.ExponentialDecayLengthPenalty,
+)
+
+# These look at the tokens left of the position, of which the masked ones are not known yet: exact at the first masked
+# position of a row, approximate behind it. So are processors of the caller's own.
+BY_CONTEXT = (
+    host.RepetitionPenaltyLogitsProcessor,
+    host.NoRepeatNGramLogitsProcessor,
+    host.SequenceBiasLogitsProcessor,
+    host.NoBadWordsLogitsProcessor,
 )
 
 
@@ -30,29 +50,50 @@ class CanvasProcessors:
 
     Args:
         processors (`LogitsProcessorList`): Processors of the host and of the caller.
+        canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas holds padding.
+        mask_token_id (`int`): Left out of the context that a processor is shown.
         guider ([`ARGuider`], *optional*): Judges what they leave of the scores.
 
     Raises:
-        ValueError: If a processor depends on the text to its left, which a canvas does not have.
+        ValueError: If a processor of the host's is none of those above.
     """
 
-    def __init__(self, processors: LogitsProcessorList, guider=None):
+    def __init__(self, processors: LogitsProcessorList, canvas_mask, mask_token_id: int, guider=None):
         self.processors, self.guider = processors, guider
+        self.canvas_mask, self.mask_token_id = canvas_mask, mask_token_id
         for processor in processors:
-            if not isinstance(processor, POSITIONWISE):
+            known = isinstance(processor, POSITIONWISE + BY_LENGTH + BY_CONTEXT)
+            if not known and type(processor).__module__ == host.__name__:
                 raise ValueError(
                     f"`{type(processor).__name__}` cannot be used in a diffusion decode, which scores many positions "
-                    "at once: drop the option or processor that asks for it."
+                    "at once: drop the option that asks for it."
                 )
 
     def __call__(self, canvas: torch.LongTensor, scores: torch.Tensor, positions, frontier) -> torch.Tensor:
         for processor in self.processors:
-            scores = processor(None, scores.flatten(0, 1)).view_as(scores)
+            if isinstance(processor, POSITIONWISE):
+                scores = processor(None, scores.flatten(0, 1)).view_as(scores)
+            else:
+                scores = self._one_by_one(processor, canvas, scores, positions)
         if self.guider is not None:
             scores = self.guider(canvas, scores, positions=positions, frontier=frontier)
         return scores
 
+    def _one_by_one(self, processor, canvas, scores, positions) -> torch.Tensor:
+        """Show the processor each position with the tokens left of it."""
+        scores = scores.clone()
+        known = self.canvas_mask.bool() & (canvas != self.mask_token_id)
+        by_length = isinstance(processor, BY_LENGTH)
+        for row, row_positions in enumerate(positions.tolist()):
+            for slot, position in enumerate(row_positions):
+                context = canvas[row, :position]
+                if not by_length:
+                    context = context[known[row, :position]]
+                scores[row, slot] = processor(context[None], scores[row, slot][None])[0]
+        return scores
+
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
+        self.canvas_mask = self.canvas_mask[indices.to(self.canvas_mask.device)]
         if self.guider is not None:
             self.guider.batch_select_indices(indices)

@@ -53,10 +53,12 @@ class TimestepSchedule:
     Args:
         steps (`torch.LongTensor` of shape `(num_blocks,)`): Denoising steps of each block.
         eps (`float`): The last timestep.
+        run_empty_steps (`bool`): Run the steps that write nothing, as the original does.
     """
 
     steps: torch.LongTensor
     eps: float = 1e-3
+    run_empty_steps: bool = False
 
     def __call__(self, state) -> tuple[torch.LongTensor, torch.LongTensor]:
         """Tokens each row writes, and the step of its block at which it goes on, both `(batch_size,)`."""
@@ -65,7 +67,9 @@ class TimestepSchedule:
         timesteps = torch.linspace(1, self.eps, int(self.steps.sum()) + 1)
         # float32 and truncation are part of the schedule: 16 masks at 1/16 give 0 tokens, not 1.
         quotas = (state.masked.sum(1, keepdim=True) * (1 - timesteps[1:] / timesteps[:-1])).long()
-        quotas = torch.where(torch.arange(len(timesteps) - 1) >= ends[:, None] - 1, state.block_masked[:, None], quotas)
+        quotas = torch.where(
+            torch.arange(len(timesteps) - 1) >= ends[:, None] - 1, state.block_masked[:, None], quotas
+        )
         ahead = torch.arange(len(timesteps) - 1) >= (begins + state.step)[:, None]
-        index = (ahead & (quotas > 0)).int().argmax(1).clamp_min(0)
-        return quotas.gather(1, index[:, None]).squeeze(1).clamp_min(1), index + 1 - begins
+        index = (ahead & ((quotas > 0) | self.run_empty_steps)).int().argmax(1)
+        return quotas.gather(1, index[:, None]).squeeze(1), index + 1 - begins

@@ -10,31 +10,93 @@ from dataclasses import dataclass
 import torch
 
 
+def gumbel(like: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Gumbel noise of the shape of `like`: adding it to log-probabilities and taking the maximum samples from them."""
+    uniform = torch.rand(like.shape, generator=generator, device=like.device)
+    return -(-uniform.clamp_min(torch.finfo(uniform.dtype).tiny).log()).log()
+
+
 def draft(
-    scores: torch.Tensor, mask_token_id: int, generator: torch.Generator | None = None, sample: bool = False
+    scores: torch.Tensor,
+    mask_token_id: int,
+    temperature: float | None = None,
+    generator: torch.Generator | None = None,
 ) -> tuple[torch.LongTensor, torch.Tensor]:
     r"""
     The token drafted at each position and its probability.
 
     Args:
-        scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`):
-            Processed logits in float32. The column of the mask token is overwritten: it is never drafted.
-        mask_token_id (`int`): A position whose only finite score is that of this token is refused: probability 0.
-        generator (`torch.Generator`, *optional*): Source of the noise when sampling.
-        sample (`bool`): Draw from the distribution (Gumbel-max) instead of taking the most likely token.
+        scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Processed logits in float32.
+        mask_token_id (`int`): Never drafted; a position whose only finite score is its is refused: probability 0.
+        temperature (`float`, *optional*): What the scores have been divided by: tokens are drawn from them. Without it
+            the most likely are taken.
+        generator (`torch.Generator`, *optional*): Source of the noise when drawing.
 
     Returns:
-        `tuple`: token ids and probabilities, both of shape `(batch_size, num_positions)`.
+        `tuple`: token ids and their probabilities at temperature 1, both of shape `(batch_size, num_positions)`. The
+        probabilities are in float64, where those near 1 keep their order; nothing over the vocabulary is.
     """
+    others = scores.clone()
+    others[..., mask_token_id] = -torch.inf
+    noisy = others if temperature is None else others + gumbel(others, generator)
+    token_ids = noisy.argmax(-1, keepdim=True)
+    best = others.gather(-1, token_ids).squeeze(-1)
+    others[..., mask_token_id] = scores[..., mask_token_id]
+    others.scatter_(-1, token_ids, -torch.inf)
+    if temperature is not None:
+        best, others = best * temperature, others * temperature
+    log_odds = (best - others.logsumexp(-1)).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    return token_ids.squeeze(-1), log_odds.to(
+        torch.float32 if scores.device.type == "mps" else torch.float64
+    ).sigmoid()
+
+
+def negative_entropy(scores: torch.Tensor) -> torch.Tensor:
+    """Minus the entropy in nats of the distributions over the last dimension of `scores`."""
+    return -torch.special.entr(scores.softmax(-1)).sum(-1)
+
+
+def margin(scores: torch.Tensor) -> torch.Tensor:
+    """Probability of the most likely token less that of the second, over the last dimension of `scores`."""
+    first, second = scores.topk(2, dim=-1).values.unbind(-1)
     normalizer = scores.logsumexp(-1)
-    scores[..., mask_token_id] = -torch.inf
-    if sample:
-        uniform = torch.rand(scores.shape, generator=generator, device=scores.device)
-        token_ids = (scores - (-uniform.log()).log()).argmax(-1)
-    else:
-        token_ids = scores.argmax(-1)
-    best = scores.gather(-1, token_ids[..., None]).squeeze(-1)
-    return token_ids, (best - normalizer).exp()
+    return (first - normalizer).exp() - (second - normalizer).exp()
+
+
+@dataclass(frozen=True)
+class Drafter:
+    r"""
+    Drafts a token for every position and says how confident it is.
+
+    Args:
+        mask_token_id (`int`): Never drafted.
+        confidence (`str`): `"probability"` of the drafted token (LLaDA's low_confidence, Dream's maskgit_plus),
+            `"margin"` between the two most likely (Dream's topk_margin), `"entropy"`, negated, or `"random"`.
+        position_temperature (`float`): Noise on the order of the positions (Dream's alg_temp); 0 is none.
+        temperature (`float`, *optional*): What the scores have been divided by: tokens are drawn from them. The
+            confidence is that of temperature 1, since it would saturate at lower ones.
+        generator (`torch.Generator`, *optional*): Source of randomness.
+    """
+
+    mask_token_id: int
+    confidence: str = "probability"
+    position_temperature: float = 0.0
+    temperature: float | None = None
+    generator: torch.Generator | None = None
+
+    def __call__(self, scores: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+        """Token ids and confidence, both `(batch_size, num_positions)`; `-inf` where the position is refused."""
+        if self.confidence in ("margin", "entropy"):
+            measure = margin if self.confidence == "margin" else negative_entropy
+            confidence = measure(scores if self.temperature is None else scores * self.temperature)
+        token_ids, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
+        if self.confidence == "probability":
+            confidence = probability
+        elif self.confidence == "random":
+            confidence = torch.rand(probability.shape, generator=self.generator, device=scores.device)
+        if self.position_temperature:
+            confidence = confidence / self.position_temperature + gumbel(confidence, self.generator)
+        return token_ids, confidence.masked_fill(probability == 0, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -46,6 +108,55 @@ class ConfidenceThreshold:
     def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
         """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
         return (confidence >= self.threshold).sum(1)
+
+
+@dataclass(frozen=True)
+class ConfidenceFactor:
+    r"""
+    Write the n most confident, for the largest n with (i + 1) (1 - c_i) <= `factor` for all i from 2 to n (Fast-dLLM,
+    https://arxiv.org/abs/2505.22618, section 3.3).
+    """
+
+    factor: float
+
+    def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
+        """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
+        rank = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
+        passes = confidence >= 1 - self.factor / (rank + 1)
+        passes[:, 0] = True
+        return passes.long().cumprod(1).sum(1)
+
+
+@dataclass(frozen=True)
+class FrechetProfile:
+    r"""
+    Write the n most confident, for the largest n with c_1 + ... + c_n - (n - 1) - (1 - c_n) > `delta`: a Frechet bound
+    on the probability that all n are right (Fast-dLLM++, https://arxiv.org/abs/2606.02955).
+    """
+
+    delta: float
+
+    def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
+        """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
+        rank = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
+        bound = confidence.cumsum(1) - (rank - 1) - (1 - confidence)
+        return (bound > self.delta).long().cumprod(1).sum(1)
+
+
+@dataclass(frozen=True)
+class EntropyBound:
+    r"""
+    Write the n positions of least entropy, for the largest n whose summed entropy, the largest left out, is at most
+    `bound` nats (EB-Sampler, https://arxiv.org/abs/2505.24857; transformers' `EntropyBoundSampler`). The confidence is
+    the negative entropy.
+    """
+
+    bound: float
+
+    def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
+        """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
+        nats = -confidence
+        return ((nats.cumsum(1) - nats) <= self.bound).sum(1)
 
 
 def select(
