@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .cache import FreeCache
 from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
-from .generation import FlashDLMGenerationMixin
+from .generation import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_config import DiffusionOptions
 from .guider import ARGuider
 from .modeling_dream import DreamModel
@@ -28,6 +28,8 @@ __all__ = [
     "FreeCache",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "diffusion_generate",
+    "make_bidirectional",
 ]
 
 for _config, _model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):

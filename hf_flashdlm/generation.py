@@ -5,6 +5,7 @@ the parts, streaming and the output. Everything else, configuration merging, spe
 criteria, length and typo checks, stays the host's. Knows nothing of how a step chooses tokens.
 """
 
+import inspect
 import time
 from dataclasses import dataclass
 
@@ -130,6 +131,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         started = time.perf_counter()
         if generator is not None and not generation_config.do_sample:
             raise ValueError("`generator` is the source of randomness of `do_sample=True`, got do_sample=False.")
+        _check_model(self)
         # 1. The canvas: prompt and masks.
         options = DiffusionOptions.read(generation_config)
         mask_token_id = _mask_token_id(self, options)
@@ -168,6 +170,59 @@ class FlashDLMGenerationMixin(GenerationMixin):
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
         output = rows.output(input_ids.device, skip=prompt_length - input_ids.shape[1], **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
+
+
+def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
+    """
+    Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
+    architecture needs. For models whose attention follows the host's `is_causal` (Llama, Qwen2, Qwen3 and others).
+    """
+    model.config.is_causal = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False
+    return model
+
+
+def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> DiffusionGenerationOutput | torch.LongTensor:
+    r"""
+    `generate` of [`FlashDLMGenerationMixin`] for a model of another class, which is not changed.
+
+    Args:
+        model (`PreTrainedModel`):
+            A masked diffusion model with the host's forward: bidirectional (see [`make_bidirectional`]), taking
+            `input_ids`, `attention_mask`, `position_ids`, `past_key_values` and `logits_to_keep`. Its config gives
+            `mask_token_id`, and `logits_shift=1` if its output at a position scores the next one.
+        inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): As `input_ids`.
+        kwargs: As of `generate`.
+    """
+    kind = type(f"FlashDLM{type(model).__name__}", (FlashDLMGenerationMixin, type(model)), {})
+    view = kind.__new__(kind)
+    view.__dict__ = model.__dict__  # the same weights and configs under a class whose hooks are ours
+    return FlashDLMGenerationMixin.generate(view, inputs, **kwargs)
+
+
+def _check_model(model) -> None:
+    """The contract with a model of any class."""
+    accepted = inspect.signature(model.forward).parameters
+    needed = ("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+    missing = [name for name in needed if name not in accepted]
+    if missing:
+        raise ValueError(
+            f"`model` must take {', '.join(f'`{name}`' for name in missing)} in its forward, which "
+            f"{type(model).__name__} does not: a diffusion decode feeds it parts of a canvas."
+        )
+    causal = [name for name, module in model.named_modules() if getattr(module, "is_causal", False)]
+    if getattr(model.config.get_text_config(), "is_causal", True) or causal:
+        raise ValueError(
+            f"`model` must be a bidirectional masked diffusion model, got {type(model).__name__} with causal "
+            "attention: if its weights were trained for diffusion, call `make_bidirectional(model)`."
+        )
+    if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
+        raise ValueError(
+            f"`model` must attend to the whole canvas in every layer, got {type(model).__name__} with sliding "
+            "windows: set its `layer_types` to full attention if its weights allow it."
+        )
 
 
 @dataclass(frozen=True)
