@@ -10,7 +10,7 @@ from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
 from .generation import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_config import DiffusionOptions
-from .guider import ARGuider
+from .guider import ARGuider, ProductMixture
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModelLM
 from .outputs import DiffusionGenerationOutput
@@ -28,6 +28,7 @@ __all__ = [
     "FreeCache",
     "LLaDAConfig",
     "LLaDAModelLM",
+    "ProductMixture",
     "diffusion_generate",
     "make_bidirectional",
 ]

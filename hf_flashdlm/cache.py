@@ -95,13 +95,13 @@ class FreeCacheLayer(DynamicLayer):
 
 class FreeCache(DynamicCache):
     r"""
-    The cache of FlashDLM (FreeCache, https://arxiv.org/abs/2505.21467, section 3): states of the prompt and of finished
-    text are computed once, frozen, and from then on only read.
+    The cache of FlashDLM (FreeCache, https://arxiv.org/abs/2505.21467, section 3): states of the prompt and of
+    finished text are computed once, frozen, and from then on only read.
 
-    The first forward starts at position 0 and sizes the buffers, unless they are given a length. Before every later forward [`~FreeCache.window`]
-    says which positions it recomputes; freezing moves one integer per row. As long as the canvas does not change, a
-    windowed forward equals the full forward to rounding; once it changes, what lies outside the window keeps the
-    states it had, and that is the only approximation.
+    The first forward starts at position 0 and sizes the buffers, unless they are given a length. Before every later
+    forward [`~FreeCache.window`] says which positions it recomputes; freezing moves one integer per row. As long as
+    the canvas does not change, a windowed forward equals the full forward to rounding; once it changes, what lies
+    outside the window keeps the states it had, and that is the only approximation.
 
     Any v5 model works with it unchanged, if it is called with explicit `position_ids` (the canvas positions that are
     fed) and, where needed, with a 2D `attention_mask` over the attended keys.
@@ -204,8 +204,8 @@ class FreeCache(DynamicCache):
         length = self.canvas_length
         if length is None and lo.any():
             raise ValueError(
-                f"The first window must start at position 0, got {lo.tolist()}: every state is computed once before it "
-                "is kept."
+                f"The first window must start at position 0, got {lo.tolist()}: every state is computed once before "
+                "it is kept."
             )
         if (hi <= lo).any() or (length is not None and (hi > length).any()):
             raise ValueError(

@@ -23,7 +23,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .cache import FreeCache
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising import denoise, start_denoising
-from .generation_config import PEER_NAMES, RULES, DiffusionOptions
+from .generation_config import PEER_NAMES, DiffusionOptions
 from .guider import ARGuider
 from .methods import choose_parts
 from .outputs import DiffusionGenerationOutput, Rows
@@ -115,7 +115,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         elif cache is None:
             model_kwargs["past_key_values"] = FreeCache()
 
-    def _sample(
+    def _sample(  # noqa: PLR0913, the host's signature
         self,
         input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
@@ -148,9 +148,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs)
         temperature = generation_config.temperature if generation_config.do_sample else None
         if guider is not None:
-            vocab_size = self.config.get_text_config().vocab_size
-            guider.reset(canvas_mask, mask_token_id, vocab_size, temperature, generator)
-            temperature = None  # its drafts are drawn: what it accepts leaves nothing to draw
+            guider.reset(self, canvas_mask, mask_token_id, temperature, generator)
         confidence = options.confidence if options.entropy_bound is None else "entropy"
         drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
         processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider)

@@ -1,7 +1,7 @@
 """Guided Diffusion: a small autoregressive model judges which drafts may be written at once.
 
-Owns the guider's model, its cache, the acceptance rules and its counts. Knows nothing of blocks, schedules, windows or
-the diffusion model's cache. Its form is a logits processor: scores in, scores out.
+Owns the autoregressive model, its cache, the acceptance rules, the gate and their counts. Knows nothing of blocks,
+schedules, windows or the diffusion model's cache. Its form is a logits processor: scores in, scores out.
 """
 
 import math
@@ -14,72 +14,40 @@ from .unmasking import draft
 
 
 ACCEPTANCE_RULES = ("top1", "topk", "topk_relative")
+COMBINATIONS = ("union", "intersection")
 
 
-class ARGuider(LogitsProcessor):
-    r"""
-    Judges the drafts of a diffusion model with an autoregressive one (Guided Diffusion of FlashDLM,
-    https://arxiv.org/abs/2505.21467, section 4). It never supplies a token.
+class ARReader(LogitsProcessor):
+    """
+    Reads a canvas with drafts in place of its masks through an autoregressive model with a K/V cache.
 
-    One forward reads the finished prefix and the drafts behind it. The longest prefix of drafts that it accepts is
-    written; if it refuses the first, that one is written all the same, so that every step makes progress. A refused
-    position comes back with the mask token as its only finite score, an accepted one with its draft as the only one.
-
-    Args:
-        model (`PreTrainedModel`): A causal language model with the vocabulary of the diffusion model.
-        accept (`str`, *optional*, defaults to `"topk_relative"`):
-            A draft is accepted when it is the guider's best token (`"top1"`), among its `top_k` best (`"topk"`), or
-            among them with a probability of at least `relative_threshold` times the best one's (`"topk_relative"`).
-        top_k (`int`, *optional*, defaults to 2): See `accept`.
-        relative_threshold (`float`, *optional*, defaults to 0.5): See `accept`; the paper's tau.
-        num_drafts (`int`, *optional*, defaults to 32): At most this many positions are judged in a step.
-
-    Example:
-
-    ```python
-    >>> guider = ARGuider(AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-1.5B-Instruct"), accept="topk", top_k=5)
-    >>> model.generate(**inputs, guider=guider)
-    ```
+    Abstract: [`ARGuider`] judges the drafts by what it reads, [`ProductMixture`] mixes it with the scores. Its cache
+    holds the states of the prefix that was clean at the last call, and nothing else: drafts are read anew each time.
     """
 
     reads_canvas = True  # called with the canvas and (B, N, V) scores, not position by position
 
-    def __init__(
-        self,
-        model,
-        accept: str = "topk_relative",
-        top_k: int = 2,
-        relative_threshold: float = 0.5,
-        num_drafts: int = 32,
-    ):
-        if accept not in ACCEPTANCE_RULES:
-            raise ValueError(f"`accept` must be one of {', '.join(ACCEPTANCE_RULES)}, got {accept!r}.")
-        if not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
-        if not 0 <= relative_threshold <= 1:
-            raise ValueError(f"`relative_threshold` must lie between 0 and 1, got {relative_threshold!r}.")
+    def __init__(self, model, num_drafts: int):
         if not isinstance(num_drafts, int) or num_drafts < 1:
             raise ValueError(f"`num_drafts` must be a positive integer, got {num_drafts!r}.")
         self.model = model
-        self.top_k = 1 if accept == "top1" else top_k
-        self.log_threshold = math.log(relative_threshold or 1e-38) if accept == "topk_relative" else -math.inf
         self.num_drafts = num_drafts
 
     @property
-    def lookahead(self) -> int:
-        """Positions from the frontier on that a step has to score."""
+    def lookahead(self) -> int | None:
+        """Positions from the frontier on that a step has to score; `None` for those of the block."""
         return self.num_drafts
 
     def reset(
-        self, canvas_mask: torch.LongTensor, mask_token_id: int, vocab_size: int, temperature=None, generator=None
+        self, diffusion_model, canvas_mask: torch.LongTensor, mask_token_id: int, temperature=None, generator=None
     ) -> None:
         r"""
         Forget the last call; called at the start of every `generate`.
 
         Args:
+            diffusion_model (`PreTrainedModel`): The model whose drafts are read.
             canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas is padding.
             mask_token_id (`int`): The diffusion model's mask token.
-            vocab_size (`int`): The size of the diffusion model's vocabulary.
             temperature (`float`, *optional*): Draw the drafts, from scores divided by this, instead of taking the
                 most likely tokens.
             generator (`torch.Generator`, *optional*): Source of randomness when drawing.
@@ -87,6 +55,7 @@ class ARGuider(LogitsProcessor):
         Raises:
             ValueError: If the guider has another vocabulary.
         """
+        vocab_size = diffusion_model.config.get_text_config().vocab_size
         guider_vocab_size = self.model.config.get_text_config().vocab_size
         if guider_vocab_size != vocab_size:
             raise ValueError(
@@ -97,26 +66,20 @@ class ARGuider(LogitsProcessor):
         self.canvas_mask = canvas_mask.to(self.model.device)
         self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
         self.cache = DynamicCache(config=self.model.config)
-        self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # the committed ids whose states the cache holds
-        self.committed = 0  # clean prefix shared by all rows at the last call
+        self.committed = 0  # length of the clean prefix that all rows shared at the last call
+        self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
         self.rows = torch.arange(len(canvas_mask))
-        zeros = torch.zeros(len(canvas_mask), dtype=torch.long)
-        self.forwards, self.judged = zeros.clone(), zeros.clone()
-        self.accepted_lengths: list[list[int]] = [[] for _ in range(len(canvas_mask))]
+        self.forwards = torch.zeros(len(canvas_mask), dtype=torch.long)
         self.seconds = 0.0
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         rows = indices.to(self.canvas_mask.device)
-        self.canvas_mask, self.position_ids, self.seen = (
-            self.canvas_mask[rows],
-            self.position_ids[rows],
-            self.seen[rows],
-        )
+        self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
+        self.seen = self.seen[rows]
         self.cache.batch_select_indices(rows)
         self.rows = self.rows[indices]
 
-    @torch.no_grad()
     def __call__(
         self,
         input_ids: torch.LongTensor,
@@ -136,66 +99,236 @@ class ARGuider(LogitsProcessor):
             `torch.Tensor`: Scores of the same shape.
         """
         started = time.perf_counter()
-        device = scores.device
-        on_device = positions.to(device)
-        drafts, _ = draft(scores, self.mask_token_id, self.temperature, self.generator)
-        masked = input_ids.gather(1, on_device) == self.mask_token_id
-        inside = (positions >= frontier[:, None]) & (positions < frontier[:, None] + self.num_drafts)
-        judged = masked & inside.to(device)
-        canvas = input_ids.scatter(1, on_device, torch.where(masked, drafts, input_ids.gather(1, on_device)))
-        logits = self._forward(canvas, positions, frontier)
-        accepted = self._accept(logits, drafts.to(logits.device)).to(device) & (on_device > 0)
-        prefix = (accepted | ~judged).long().cumprod(1).bool() & judged
-        self._count(judged, prefix)
-        # The first draft is written even if it is refused.
-        written = prefix | (judged & (on_device == frontier.to(device)[:, None]))
-        kept = torch.where(written, drafts, self.mask_token_id)
-        result = torch.full_like(scores, -torch.inf).scatter(-1, kept[..., None], 0.0)
+        scores = self._process(input_ids, scores, positions, frontier)
         self.seconds += time.perf_counter() - started
-        return result
+        return scores
 
-    def _forward(self, canvas, positions, frontier) -> torch.Tensor:
-        """Logits of the guider that score `positions`, `(B, N, V)`; only the committed prefix stays in the cache."""
+    def _process(self, input_ids, scores, positions, frontier) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _read(self, input_ids, drafts, positions, frontier, asked=slice(None)) -> torch.Tensor:
+        """
+        Logits of the autoregressive model that score `positions`, `(B, N, V)`, on the device of the scores. The
+        forward counts for the rows `asked`, a bool per row.
+        """
+        on_canvas = positions.to(input_ids.device)
+        current = input_ids.gather(1, on_canvas)
+        drafted = torch.where(current == self.mask_token_id, drafts, current)
+        canvas = input_ids.scatter(1, on_canvas, drafted).to(self.canvas_mask.device)
         start, stop = max(self.committed - 1, 0), int(positions.max())
-        canvas = canvas.to(self.canvas_mask.device)
-        if self.seen.shape[1] and not torch.equal(self.seen[:, :start], canvas[:, :start]):
+        if not torch.equal(self.seen[:, :start], canvas[:, :start]):
             raise RuntimeError("The canvas left of the frontier has changed since the last call: `reset` the guider.")
         self.cache.crop(min(start - self.cache.get_seq_length(), 0))
-        slots = (positions - 1 - start).clamp_min(0).to(canvas.device)
-        first = int(positions.min()) - 1 - start
+        first = max(int(positions.min()) - 1 - start, 0)
         logits = self.model(
             input_ids=canvas[:, start:stop],
             attention_mask=self.canvas_mask[:, :stop],
             position_ids=self.position_ids[:, start:stop],
             past_key_values=self.cache,
             use_cache=True,
-            logits_to_keep=stop - start - max(first, 0),
+            logits_to_keep=stop - start - first,
         ).logits
         self.committed = int(frontier.min())
         self.seen = canvas[:, : self.committed]
-        rows = torch.arange(len(slots), device=logits.device)[:, None]
-        return logits[rows, (slots - max(first, 0)).clamp_min(0)]
-
-    def _accept(self, logits: torch.Tensor, drafts: torch.LongTensor) -> torch.BoolTensor:
-        """Whether each draft passes the acceptance rule, `(B, N)`."""
-        known = drafts < logits.shape[-1]
-        score = logits.gather(-1, drafts.clamp_max(logits.shape[-1] - 1)[..., None])
-        better = (logits > score).sum(-1)
-        return known & (better < self.top_k) & ((score.squeeze(-1) - logits.amax(-1)) >= self.log_threshold)
-
-    def _count(self, judged: torch.BoolTensor, prefix: torch.BoolTensor) -> None:
-        counts = torch.stack([judged.sum(1), prefix.sum(1)]).cpu()
-        self.forwards[self.rows] += 1
-        self.judged[self.rows] += counts[0]
-        for row, accepted in zip(self.rows.tolist(), counts[1].tolist(), strict=True):
-            self.accepted_lengths[row].append(accepted)
+        self.forwards[self.rows[asked]] += 1
+        slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
+        return logits[torch.arange(len(slots), device=logits.device)[:, None], slots].to(input_ids.device)
 
     def statistics(self, total_seconds: float) -> dict:
         """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
-        return {
-            "guider_forwards": self.forwards,
+        return {"guider_forwards": self.forwards, "guider_time_share": self.seconds / total_seconds}
+
+
+class ARGuider(ARReader):
+    r"""
+    Judges the drafts of a diffusion model with an autoregressive one (Guided Diffusion of FlashDLM,
+    https://arxiv.org/abs/2505.21467, section 4). It never supplies a token.
+
+    One forward reads the finished prefix and the drafts behind it. The longest prefix of drafts that it accepts is
+    written; if it refuses the first, that one is written all the same, so that every step makes progress. A refused
+    position comes back with the mask token as its only finite score, an accepted one with its draft as the only one.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model with the vocabulary of the diffusion model.
+        accept (`str`, *optional*, defaults to `"topk_relative"`):
+            A draft is accepted when it is the guider's best token (`"top1"`), among its `top_k` best (`"topk"`), or
+            among them with a probability of at least `relative_threshold` times the best one's (`"topk_relative"`).
+        top_k (`int`, *optional*, defaults to 2): See `accept`.
+        relative_threshold (`float`, *optional*, defaults to 0.5): See `accept`; the paper's tau.
+        num_drafts (`int`, *optional*, defaults to 32): At most this many positions are judged in a step.
+        combine (`str`, *optional*):
+            Ask the diffusion model too: `"union"` accepts what either of them is sure of, `"intersection"` what both
+            are.
+        confidence_threshold (`float`, *optional*, defaults to 0.9):
+            With `combine`, the probability from which on the diffusion model is sure.
+        beyond_prefix (`bool`, *optional*, defaults to `False`):
+            Leave the drafts of the block behind the first refused one to the unmasking rule of the decode.
+        gate (`str`, *optional*):
+            `"auto"` compares, in each row, some steps with guidance to some without, and stops asking where
+            the tokens written per step do not repay the guider's cost.
+        cost_ratio (`float`, *optional*):
+            Cost of a guider's forward over one of the diffusion model, for the gate; by default the ratio of their
+            parameters. It is not measured, so that a result depends on inputs and settings alone.
+
+    Example:
+
+    ```python
+    >>> guider = ARGuider(AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-1.5B-Instruct"), accept="topk", top_k=5)
+    >>> model.generate(**inputs, guider=guider)
+    ```
+    """
+
+    def __init__(  # noqa: PLR0913, options of the user's, by keyword
+        self,
+        model,
+        accept: str = "topk_relative",
+        *,
+        top_k: int = 2,
+        relative_threshold: float = 0.5,
+        num_drafts: int = 32,
+        combine: str | None = None,
+        confidence_threshold: float = 0.9,
+        beyond_prefix: bool = False,
+        gate: str | None = None,
+        cost_ratio: float | None = None,
+    ):
+        super().__init__(model, num_drafts)
+        if accept not in ACCEPTANCE_RULES:
+            raise ValueError(f"`accept` must be one of {', '.join(ACCEPTANCE_RULES)}, got {accept!r}.")
+        if not isinstance(top_k, int) or top_k < 1:
+            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
+        if not 0 <= relative_threshold <= 1:
+            raise ValueError(f"`relative_threshold` must lie between 0 and 1, got {relative_threshold!r}.")
+        if combine is not None and combine not in COMBINATIONS:
+            raise ValueError(f"`combine` must be one of {', '.join(COMBINATIONS)} or None, got {combine!r}.")
+        if not 0 <= confidence_threshold <= 1:
+            raise ValueError(f"`confidence_threshold` must lie between 0 and 1, got {confidence_threshold!r}.")
+        if gate not in (None, "auto"):
+            raise ValueError(f"`gate` must be 'auto' or None, got {gate!r}.")
+        self.top_k = 1 if accept == "top1" else top_k
+        relative = relative_threshold if accept == "topk_relative" else 0
+        self.log_threshold = math.log(relative) if relative > 0 else -math.inf
+        self.combine, self.confidence_threshold = combine, confidence_threshold
+        self.beyond_prefix = beyond_prefix
+        self.gate, self.cost_ratio = gate, cost_ratio
+
+    @property
+    def lookahead(self) -> int | None:
+        return None if self.beyond_prefix else self.num_drafts
+
+    def reset(self, diffusion_model, *args, **kwargs) -> None:
+        """See [`ARReader.reset`]."""
+        super().reset(diffusion_model, *args, **kwargs)
+        self.judged = torch.zeros_like(self.forwards)
+        self.accepted_lengths: list[list[int]] = [[] for _ in self.rows]
+        ratio = self.cost_ratio
+        if self.gate is not None and ratio is None:
+            ratio = self.model.num_parameters() / diffusion_model.num_parameters()
+        self.gates = None if self.gate is None else Gate(len(self.rows), ratio)
+
+    def _process(self, input_ids, scores, positions, frontier) -> torch.Tensor:
+        on_scores = positions.to(scores.device)
+        masked = input_ids.gather(1, on_scores) == self.mask_token_id
+        asked = torch.ones_like(frontier, dtype=torch.bool)
+        if self.gates is not None:
+            asked = self.gates.ask(self.rows, (input_ids == self.mask_token_id).sum(1).cpu())
+            if not asked.any():
+                return scores
+        drafts, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
+        inside = (positions >= frontier[:, None]) & (positions < frontier[:, None] + self.num_drafts)
+        judged = masked & (inside & asked[:, None]).to(scores.device)
+        accepted = self._accept(self._read(input_ids, drafts, positions, frontier, asked), drafts)
+        if self.combine is not None:
+            sure = probability >= self.confidence_threshold
+            accepted = accepted | sure if self.combine == "union" else accepted & sure
+        # A first position of the canvas has no prefix to judge it by.
+        prefix = (~judged | (accepted & (on_scores > 0))).long().cumprod(1).bool() & judged
+        self._count(judged, prefix, asked)
+        # The first draft is written even if it is refused.
+        written = prefix | (judged & (on_scores == frontier.to(scores.device)[:, None]))
+        kept = torch.where(written, drafts, self.mask_token_id)
+        decided = torch.full_like(scores, -torch.inf).scatter(-1, kept[..., None], 0.0)
+        left = ~asked[:, None].to(scores.device)
+        if self.beyond_prefix:
+            refused = (judged & ~prefix).long().cumsum(1)  # 1 at the first refused position, more behind it
+            left = left | (refused > 1) | ((refused == 1) & ~judged)
+        return torch.where(left[..., None], scores, decided)
+
+    def _accept(self, logits: torch.Tensor, drafts: torch.LongTensor) -> torch.BoolTensor:
+        """Whether each draft passes the acceptance rule, `(B, N)`."""
+        score = logits.gather(-1, drafts[..., None])
+        better = (logits > score).sum(-1)
+        return (better < self.top_k) & (score.squeeze(-1) - logits.amax(-1) >= self.log_threshold)
+
+    def _count(self, judged: torch.BoolTensor, prefix: torch.BoolTensor, asked: torch.BoolTensor) -> None:
+        counts = torch.stack([judged.sum(1), prefix.sum(1)]).cpu()
+        self.judged[self.rows] += counts[0]
+        for row, was_asked, accepted in zip(self.rows.tolist(), asked.tolist(), counts[1].tolist(), strict=True):
+            if was_asked:
+                self.accepted_lengths[row].append(accepted)
+
+    def statistics(self, total_seconds: float) -> dict:
+        """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
+        return super().statistics(total_seconds) | {
             "drafts_judged": self.judged,
             "drafts_accepted": torch.tensor([sum(lengths) for lengths in self.accepted_lengths]),
             "accepted_lengths": self.accepted_lengths,
-            "guider_time_share": self.seconds / total_seconds,
+            "gate_closed_at": None if self.gates is None else self.gates.closed_at,
         }
+
+
+class Gate:
+    r"""
+    Decides in each row whether asking the guider pays: after `TRIAL` steps with it and as many without, it goes on
+    asking if (tokens per step with) / (1 + cost ratio) is above (tokens per step without).
+
+    Args:
+        num_rows (`int`): Rows of the batch.
+        cost_ratio (`float`): Cost of a guider's forward over one of the diffusion model.
+    """
+
+    TRIAL = 4
+
+    def __init__(self, num_rows: int, cost_ratio: float):
+        self.cost_ratio = cost_ratio
+        self.steps = torch.zeros(num_rows, dtype=torch.long)
+        self.masked = torch.zeros(num_rows, 2, dtype=torch.long)  # masks left when each phase of the trial began
+        self.closed_at = torch.full((num_rows,), -1)
+
+    def ask(self, rows: torch.LongTensor, masked: torch.LongTensor) -> torch.BoolTensor:
+        """Whether to ask in this step, for the rows `rows` of the batch, which have `masked` masks left."""
+        step = self.steps[rows]
+        for phase in range(2):
+            begins = step == phase * self.TRIAL
+            self.masked[rows[begins], phase] = masked[begins]
+        with_guider, without = self.masked[rows, 0] - self.masked[rows, 1], self.masked[rows, 1] - masked
+        closes = (step == 2 * self.TRIAL) & (with_guider <= without * (1 + self.cost_ratio))
+        self.closed_at[rows[closes]] = step[closes]
+        self.steps[rows] += 1
+        trial_without = (step >= self.TRIAL) & (step < 2 * self.TRIAL)
+        return ~trial_without & (self.closed_at[rows] < 0)
+
+
+class ProductMixture(ARReader):
+    r"""
+    Mixes the distributions of the two models, p(x) ~ p_diffusion(x)^weight * p_autoregressive(x)^(1 - weight), where
+    the autoregressive model reads the drafts left of a position. Unlike [`ARGuider`] it moves the result towards the
+    autoregressive model, which supplies tokens of its own.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model with the vocabulary of the diffusion model.
+        weight (`float`, *optional*, defaults to 0.5): Weight of the diffusion model, between 0 and 1.
+        num_drafts (`int`, *optional*, defaults to 32): Positions from the first masked one on that are scored.
+    """
+
+    def __init__(self, model, weight: float = 0.5, num_drafts: int = 32):
+        super().__init__(model, num_drafts)
+        if not 0 <= weight <= 1:
+            raise ValueError(f"`weight` must lie between 0 and 1, got {weight!r}.")
+        self.weight = weight
+
+    def _process(self, input_ids, scores, positions, frontier) -> torch.Tensor:
+        drafts, _ = draft(scores, self.mask_token_id, self.temperature, self.generator)
+        read = self._read(input_ids, drafts, positions, frontier).float().log_softmax(-1)
+        mixed = self.weight * scores.log_softmax(-1) + (1 - self.weight) * read
+        return mixed.masked_fill(scores == -torch.inf, -torch.inf)  # what a processor forbids stays forbidden

@@ -31,6 +31,8 @@ class DiffusionGenerationOutput(ModelOutput):
             Drafts in the accepted prefixes; a first draft written although it was refused is not among them.
         accepted_lengths (`list[list[int]]`, *optional*):
             Length of the accepted prefix in each step of each row. Only with a guider.
+        gate_closed_at (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
+            Step from which on the guider was not asked any more, -1 where it was to the end. Only with a gate.
         guider_time_share (`float`, *optional*):
             Share of the time of the whole decode spent in the guider. Only with a guider.
     """
@@ -43,6 +45,7 @@ class DiffusionGenerationOutput(ModelOutput):
     drafts_judged: torch.LongTensor | None = None
     drafts_accepted: torch.LongTensor | None = None
     accepted_lengths: list[list[int]] | None = None
+    gate_closed_at: torch.LongTensor | None = None
     guider_time_share: float | None = None
 
 

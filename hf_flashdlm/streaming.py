@@ -25,9 +25,7 @@ class Stream:
         self.canvas = None  # (B, L) of the whole batch, finished rows as they ended
 
     def show(self, canvas: torch.LongTensor, rows: torch.LongTensor, final: torch.LongTensor) -> None:
-        """
-        Show the canvas `(B, L)` of the unfinished rows `rows` `(B,)` of the batch, whose first `final` `(B,)` ids stay.
-        """
+        """Show the canvas `(B, L)` of the rows `rows` `(B,)` of the batch, whose first `final` `(B,)` ids stay."""
         if self.streamer is None:
             return
         if getattr(self.streamer, "shows_canvas", False):

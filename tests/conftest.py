@@ -1,29 +1,34 @@
 """Set-up of the whole suite: no network, few threads."""
 
 import os
+from dataclasses import replace
+from pathlib import Path
+
 
 # Read by the libraries when they are imported, so they are set before that.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import hypothesis
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
+import hf_flashdlm  # noqa: F401  registers the models
+from hf_flashdlm.denoising import start_denoising
+
 
 torch.set_num_threads(1)  # the tensors are tiny, and workers run side by side
 
-
-import pytest  # noqa: E402
+# The same examples in every run, and no time limit for one: the machines are shared.
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
 def tiny():
     """`tiny(name)` is the model of `tests/goldens/model_<name>`, loaded once; no test may change it."""
-    from pathlib import Path
-
-    from transformers import AutoModelForCausalLM
-
-    import hf_flashdlm  # noqa: F401  registers the models
-
     models = {}
 
     def tiny(name):
@@ -33,3 +38,51 @@ def tiny():
         return models[name]
 
     return tiny
+
+
+@pytest.fixture(scope="session")
+def left_padded():
+    """Ids and attention mask of prompts of different length."""
+
+    def left_padded(prompts, pad_token_id=0):
+        longest = max(map(len, prompts))
+        ids = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+        return torch.tensor(ids), torch.tensor(mask)
+
+    return left_padded
+
+
+@pytest.fixture(scope="session")
+def decode(left_padded):
+    """`decode(model, prompts, **options)`: the output of `generate`, with the keywords of each forward as `forwards`."""
+
+    def decode(model, prompts, **options):
+        input_ids, attention_mask = left_padded(prompts)
+        forwards = []
+        hook = model.register_forward_pre_hook(lambda _, args, kwargs: forwards.append(dict(kwargs)), with_kwargs=True)
+        try:
+            output = model.generate(input_ids, attention_mask=attention_mask, return_dict_in_generate=True, **options)
+        finally:
+            hook.remove()
+        object.__setattr__(output, "forwards", forwards)
+        return output
+
+    return decode
+
+
+@pytest.fixture(scope="session")
+def spell():
+    """`spell("ab_", ...)` is a canvas of code points, one row per text; `_` is the mask token."""
+    return lambda *texts: torch.tensor([[ord(letter) for letter in text] for text in texts])
+
+
+@pytest.fixture(scope="session")
+def start(spell):
+    """`start("ab__", history=0, nfe=[1])` is the state before the first step of a spelled canvas, fields replaced."""
+
+    def start(*texts, history=0, **fields):
+        state = start_denoising(spell(*texts), ord("_"), history)
+        return replace(state, **{name: torch.as_tensor(value) for name, value in fields.items()})
+
+    return start
