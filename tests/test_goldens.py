@@ -18,7 +18,7 @@ from hf_flashdlm import ARGuider
 from hf_flashdlm.denoising import Blocks
 from hf_flashdlm.schedule import TimestepSchedule
 from hf_flashdlm.unmasking import ConfidenceFactor
-from hf_flashdlm.windows import DKVWindow
+from hf_flashdlm.windows import DKVWindow, Window
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -386,3 +386,57 @@ def test_flash_dream_guided(decode, load, case):
     assert run.forwards == case["forwards"]
     assert run.output.accepted_lengths == [case["accepted_per_step"]]
     assert run.output.nfe.tolist() == [case["diffusion_steps"]]
+
+
+class GreedyOrder:
+    """dKV-Cache-Greedy: an order drawn in advance, so that a step can compute only what it is about to write."""
+
+    history, synchronous, needs_entropy = 0, True, False
+
+    def __init__(self, orders, settings, schedule):
+        self.orders, self.settings, self.schedule = orders, settings, schedule
+
+    def __call__(self, state):
+        """As a window policy: the positions of this step, of the last one, and masked neighbours of the former."""
+        self.state, order = state, self.orders[int(state.block_index)]
+        written = [position for position in order if not state.masked[0, position]]
+        now = order[len(written) : len(written) + int(self.schedule(state)[0])]
+        scored = torch.zeros_like(state.masked)
+        scored[0, now] = True
+        scored |= state.previously_masked & ~state.masked
+        for position in now:
+            scored[0, self.neighbours(position, state.masked[0], scored[0])] = True
+        zeros, length = torch.zeros_like(state.rows), torch.full_like(state.rows, state.masked.shape[1])
+        refresh = int(state.block_nfe) % self.settings["cache_reloading_step"] == 0
+        return Window(zeros, length, length, zeros, None if refresh else scored)
+
+    def neighbours(self, position, masked, taken):
+        found, distance = [], 1
+        while len(found) < self.settings["window_size"] and distance < len(masked):
+            for side in (position - distance, position + distance):
+                free = 0 <= side < len(masked) and masked[side] and not taken[side]
+                if free and len(found) < self.settings["window_size"]:
+                    found.append(side)
+            distance += 1
+        return found
+
+    def draft(self, scores):
+        """As a drafter: the confidence is the place in the order."""
+        token_ids, _ = hf_flashdlm.unmasking.draft(scores, self.settings["mask_id"])
+        positions = int(self.state.frontiers[0, 0]) + torch.arange(scores.shape[1])
+        order = self.orders[int(self.state.block_index)]
+        places = [-order.index(position) if position in order else -torch.inf for position in positions.tolist()]
+        return token_ids, torch.tensor([places], dtype=torch.float)
+
+
+@parametrize("dkv_llada_greedy")
+def test_dkv_llada_greedy(decode, monkeypatch, case):
+    settings, parts = case["settings"], []
+
+    def change(method):
+        parts.append(GreedyOrder(case["denoising_order_per_block"], settings, method.schedule))
+        return replace(method, window_policy=parts[0])
+
+    monkeypatch.setattr(hf_flashdlm.generation, "Drafter", lambda *args: lambda scores: parts[0].draft(scores))
+    options = llada_options(settings, steps=settings["steps"], window_policy="dkv")
+    assert_equal(decode(case, change, **options), case)

@@ -1,0 +1,148 @@
+"""The demonstration: what it measures and how it says so."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from hf_flashdlm import demo
+from hf_flashdlm.demo import Measurement, Method, Settings
+
+
+SETTINGS = Settings(problems=2, batch_size=1, repeats=2, show=1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run():
+    """One demonstration on two problems: its record, and what a file gets to see."""
+    console = Console(file=io.StringIO())
+    record = demo.run_demo(SETTINGS, console)
+    return record, console.file.getvalue()
+
+
+def test_the_record_holds_every_figure_and_how_to_measure_it_again(run):
+    record, _ = run
+    assert set(record) == {"command", "settings", "versions", "machine", "baselines", "methods"}
+    assert record["settings"] == {
+        "problems": 2,
+        "batch_size": 1,
+        "repeats": 2,
+        "show": 1,
+        "seed": 0,
+        "max_new_tokens": 64,
+        "block_length": record["settings"]["block_length"],
+    }
+    assert set(record["versions"]) == {"hf_flashdlm", "python", "torch", "transformers"}
+    assert set(record["machine"]) == {"device", "processor", "threads"}
+    for method in record["methods"]:
+        assert set(method) == {
+            "name",
+            "options",
+            "accuracy",
+            "accuracy_interval",
+            "nfe",
+            "guider_forwards",
+            "active_tokens",
+            "tokens_per_forward",
+            "seconds",
+            "seconds_of_runs",
+            "speed_over_full_canvas",
+            "speed_over_eos_stop",
+        }
+        assert len(method["seconds_of_runs"]) == 2
+        assert method["accuracy_interval"][0] <= method["accuracy"] <= method["accuracy_interval"][1]
+
+
+def test_the_two_baselines_are_named_and_plain(run):
+    record, _ = run
+    full_canvas, eos_stop = record["methods"][:2]
+    assert record["baselines"] == {"full_canvas": full_canvas["name"], "eos_stop": eos_stop["name"]}
+    assert full_canvas["options"] == {"window_policy": "none", "steps": 64, "stop_at_eos": False}
+    assert eos_stop["options"] == {"window_policy": "none", "steps": 64}
+    assert full_canvas["nfe"] == 64
+    assert full_canvas["speed_over_full_canvas"] == eos_stop["speed_over_eos_stop"] == 1
+
+
+def test_only_the_guided_method_asks_the_guider(run):
+    guided = [method["guider_forwards"] > 0 for method in run[0]["methods"]]
+    assert guided == [False, False, False, False, True]
+
+
+def test_the_cache_computes_less_than_the_baseline(run):
+    _, eos_stop, cached, *_ = run[0]["methods"]
+    assert cached["active_tokens"] < eos_stop["active_tokens"]
+
+
+def test_a_file_gets_text_without_control_codes(run):
+    record, printed = run
+    assert "\x1b" not in printed and "░" not in printed
+    assert all(len(line) <= 80 for line in printed.splitlines())
+    for method in record["methods"]:
+        assert method["name"] in printed
+    assert "…" not in printed, "a column of the table does not fit"
+    assert "NFE: forwards of the diffusion model" in printed
+
+
+def test_a_terminal_sees_the_canvas_fill(monkeypatch):
+    monkeypatch.setattr(demo, "SECONDS_PER_FORWARD", 0.0)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80)
+    checkpoint = demo.Checkpoint.load(str(demo.TINY / "dlm"), "cpu", "float32")
+    problems = demo.sample_problems(1, seed=0)
+    demo.show_decoding(checkpoint, demo.compared_methods(None)[2:3], problems, console)
+    printed = console.file.getvalue()
+    assert "░ is a masked position" in printed
+    assert printed.count("░") > 64
+    assert "forwards, " in printed
+
+
+def test_the_table_fits_80_columns_whatever_the_figures():
+    rows = [
+        {
+            "name": "plain, full canvas",
+            "accuracy": 1.0,
+            "accuracy_interval": [0.98, 1.0],
+            "nfe": 64.0,
+            "guider_forwards": 64.0,
+            "active_tokens": 6528.0,
+            "tokens_per_forward": 64.0,
+            "seconds": 1234.56,
+            "speed_over_full_canvas": 12.3,
+            "speed_over_eos_stop": 12.3,
+        }
+    ]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(demo.results_table(rows))
+    assert "…" not in console.file.getvalue()
+    assert "100.0 (98-100) 64.0   64.0   6528   64.00 1234.56 12.3x 12.3x" in console.file.getvalue()
+
+
+def test_the_seed_draws_the_problems():
+    first, again, other = (demo.sample_problems(20, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert len({problem.question for problem in first}) == 20
+
+
+def test_more_problems_than_there_are_is_refused():
+    with pytest.raises(
+        ValueError, match="`--problems` must be at most [0-9]+, which is all the package holds, got 99999"
+    ):
+        demo.sample_problems(99999, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("3 + 4 = 7.\n#### 7", 7), ("#### 1 #### 12 ", 12), ("7", None), ("####", None), ("#### seven", None)],
+)
+def test_the_final_number_is_behind_the_last_mark(text, number):
+    assert demo.final_number(text) == number
+
+
+def test_the_interval_of_a_share_is_wilsons():
+    # Worked by hand for 8 of 10 with z = 1.96: center 0.7166, half width 0.2267.
+    assert demo.binomial_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert demo.binomial_interval(0, 10)[0] == 0
+    assert demo.binomial_interval(10, 10)[1] == 1
+
+
+def test_the_time_of_a_method_is_the_median_of_its_runs():
+    assert Measurement(Method("any", {}), seconds=[3.0, 1.0, 2.0]).median_seconds == 2
