@@ -3,7 +3,7 @@
 Importing the package registers LLaDA and Dream with the Auto classes.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from .cache import FreeCache
 from .configuration_dream import DreamConfig
@@ -14,6 +14,7 @@ from .guider import ARGuider, ProductMixture
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModelLM
 from .outputs import DiffusionGenerationOutput
+from .tokenization_dream import DreamTokenizer
 
 
 __version__ = "0.1.0"
@@ -24,6 +25,7 @@ __all__ = [
     "DiffusionOptions",
     "DreamConfig",
     "DreamModel",
+    "DreamTokenizer",
     "FlashDLMGenerationMixin",
     "FreeCache",
     "LLaDAConfig",
@@ -37,3 +39,4 @@ for _config, _model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
     AutoConfig.register(_config.model_type, _config)
     for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         _auto.register(_config, _model)
+AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer)
