@@ -10,6 +10,7 @@ import time
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
+from .alignment import Alignment, TextReader
 from .unmasking import draft
 
 
@@ -38,6 +39,11 @@ class ARReader(LogitsProcessor):
         """Positions from the frontier on that a step has to score; `None` for those of the block."""
         return self.num_drafts
 
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether it is known to, so that the sizes may differ by padding, or need not."""
+        return False
+
     def reset(
         self, diffusion_model, canvas_mask: torch.LongTensor, mask_token_id: int, temperature=None, generator=None
     ) -> None:
@@ -57,10 +63,10 @@ class ARReader(LogitsProcessor):
         """
         vocab_size = diffusion_model.config.get_text_config().vocab_size
         guider_vocab_size = self.model.config.get_text_config().vocab_size
-        if guider_vocab_size != vocab_size:
+        if guider_vocab_size != vocab_size and not self.shares_vocabulary:
             raise ValueError(
                 f"`guider` must share the diffusion model's vocabulary of {vocab_size} tokens, got one of "
-                f"{guider_vocab_size}: choose a guider with the same tokenizer."
+                f"{guider_vocab_size}: pass both tokenizers, `ARGuider(model, tokenizer=..., canvas_tokenizer=...)`."
             )
         self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
         self.canvas_mask = canvas_mask.to(self.model.device)
@@ -77,7 +83,8 @@ class ARReader(LogitsProcessor):
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
         self.seen = self.seen[rows]
-        self.cache.batch_select_indices(rows)
+        if self.cache.is_initialized:
+            self.cache.batch_select_indices(rows)
         self.rows = self.rows[indices]
 
     def __call__(
@@ -149,7 +156,7 @@ class ARGuider(ARReader):
     position comes back with the mask token as its only finite score, an accepted one with its draft as the only one.
 
     Args:
-        model (`PreTrainedModel`): A causal language model with the vocabulary of the diffusion model.
+        model (`PreTrainedModel`): A causal language model.
         accept (`str`, *optional*, defaults to `"topk_relative"`):
             A draft is accepted when it is the guider's best token (`"top1"`), among its `top_k` best (`"topk"`), or
             among them with a probability of at least `relative_threshold` times the best one's (`"topk_relative"`).
@@ -166,6 +173,10 @@ class ARGuider(ARReader):
         gate (`str`, *optional*):
             `"auto"` compares, in each row, some steps with guidance to some without, and stops asking where
             the tokens written per step do not repay the guider's cost.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            The guider's tokenizer, where it is not the diffusion model's: drafts are then read as text. Needs
+            `canvas_tokenizer`.
+        canvas_tokenizer (`PreTrainedTokenizerBase`, *optional*): The diffusion model's tokenizer.
         cost_ratio (`float`, *optional*):
             Cost of a guider's forward over one of the diffusion model, for the gate; by default the ratio of their
             parameters. It is not measured, so that a result depends on inputs and settings alone.
@@ -191,6 +202,8 @@ class ARGuider(ARReader):
         beyond_prefix: bool = False,
         gate: str | None = None,
         cost_ratio: float | None = None,
+        tokenizer=None,
+        canvas_tokenizer=None,
     ):
         super().__init__(model, num_drafts)
         if accept not in ACCEPTANCE_RULES:
@@ -211,20 +224,37 @@ class ARGuider(ARReader):
         self.combine, self.confidence_threshold = combine, confidence_threshold
         self.beyond_prefix = beyond_prefix
         self.gate, self.cost_ratio = gate, cost_ratio
+        if (tokenizer is None) != (canvas_tokenizer is None):
+            raise ValueError(
+                "`tokenizer` and `canvas_tokenizer` must be given together, got one of them: the guider's and the "
+                "diffusion model's."
+            )
+        self.tokenizer, self.canvas_tokenizer = tokenizer, canvas_tokenizer
+        self.reads_text = tokenizer is not None and tokenizer.get_vocab() != canvas_tokenizer.get_vocab()
 
     @property
     def lookahead(self) -> int | None:
         return None if self.beyond_prefix else self.num_drafts
 
+    @property
+    def shares_vocabulary(self) -> bool:
+        return self.tokenizer is not None
+
     def reset(self, diffusion_model, *args, **kwargs) -> None:
         """See [`ARReader.reset`]."""
         super().reset(diffusion_model, *args, **kwargs)
+        self.text_reader = self._text_reader(diffusion_model) if self.reads_text else None
         self.judged = torch.zeros_like(self.forwards)
         self.accepted_lengths: list[list[int]] = [[] for _ in self.rows]
         ratio = self.cost_ratio
         if self.gate is not None and ratio is None:
             ratio = self.model.num_parameters() / diffusion_model.num_parameters()
         self.gates = None if self.gate is None else Gate(len(self.rows), ratio)
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        super().batch_select_indices(indices)
+        if self.text_reader is not None:
+            self.text_reader.batch_select_indices(indices)
 
     def _process(self, input_ids, scores, positions, frontier) -> torch.Tensor:
         on_scores = positions.to(scores.device)
@@ -237,7 +267,7 @@ class ARGuider(ARReader):
         drafts, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
         inside = (positions >= frontier[:, None]) & (positions < frontier[:, None] + self.num_drafts)
         judged = masked & (inside & asked[:, None]).to(scores.device)
-        accepted = self._accept(self._read(input_ids, drafts, positions, frontier, asked), drafts)
+        accepted = self._judge(input_ids, drafts, positions, frontier, asked)
         if self.combine is not None:
             sure = probability >= self.confidence_threshold
             accepted = accepted | sure if self.combine == "union" else accepted & sure
@@ -254,11 +284,46 @@ class ARGuider(ARReader):
             left = left | (refused > 1) | ((refused == 1) & ~judged)
         return torch.where(left[..., None], scores, decided)
 
-    def _accept(self, logits: torch.Tensor, drafts: torch.LongTensor) -> torch.BoolTensor:
-        """Whether each draft passes the acceptance rule, `(B, N)`."""
-        score = logits.gather(-1, drafts[..., None])
+    def _judge(self, input_ids, drafts, positions, frontier, asked) -> torch.BoolTensor:
+        """Whether each draft passes the acceptance rule, `(B, N)`, from one forward of the guider."""
+        if self.text_reader is None:
+            return self._accept(self._read(input_ids, drafts, positions, frontier, asked), drafts)
+        self.forwards[self.rows[asked]] += 1
+        current = input_ids.gather(1, positions.to(input_ids.device))
+        drafted = torch.where(current == self.mask_token_id, drafts, current)
+        stop = positions[:, 0] + (positions < frontier[:, None] + self.num_drafts).sum(1)
+        canvas = input_ids.scatter(1, positions.to(input_ids.device), drafted).tolist()
+        padding = (self.canvas_mask == 0).sum(1).tolist()
+        rows = [row[pads:end] for row, pads, end in zip(canvas, padding, stop.tolist(), strict=True)]
+        first = [start - pads for start, pads in zip(frontier.tolist(), padding, strict=True)]
+        refused = self.text_reader.judge(rows, first, self._accept)
+        accepted = [
+            [position - pads not in one for position in row]
+            for row, pads, one in zip(positions.tolist(), padding, refused, strict=True)
+        ]
+        return torch.tensor(accepted, device=input_ids.device)
+
+    def _text_reader(self, diffusion_model) -> TextReader:
+        ends = self._end_ids(diffusion_model) | {self.canvas_tokenizer.eos_token_id} - {None}
+        self.guider_ends = sorted(self._end_ids(self.model) | {self.tokenizer.eos_token_id} - {None})
+        end = self.tokenizer.eos_token_id
+        alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends, end)
+        return TextReader(self.model, alignment, len(self.rows))
+
+    @staticmethod
+    def _end_ids(model) -> set[int]:
+        ends = model.generation_config.eos_token_id
+        return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+
+    def _accept(self, logits: torch.Tensor, ids: torch.LongTensor) -> torch.BoolTensor:
+        """Whether tokens of shape `(...)` pass the acceptance rule, given the logits `(..., vocab_size)` for them."""
+        known = ids < logits.shape[-1]  # a vocabulary may be padded to another size
+        score = logits.gather(-1, ids.clamp_max(logits.shape[-1] - 1)[..., None])
+        if self.reads_text:  # any end token of the guider's stands for its end
+            is_end = torch.isin(ids, torch.tensor(self.guider_ends, device=ids.device))[..., None]
+            score = torch.where(is_end, logits[..., self.guider_ends].amax(-1, keepdim=True), score)
         better = (logits > score).sum(-1)
-        return (better < self.top_k) & (score.squeeze(-1) - logits.amax(-1) >= self.log_threshold)
+        return known & (better < self.top_k) & (score.squeeze(-1) - logits.amax(-1) >= self.log_threshold)
 
     def _count(self, judged: torch.BoolTensor, prefix: torch.BoolTensor, asked: torch.BoolTensor) -> None:
         counts = torch.stack([judged.sum(1), prefix.sum(1)]).cpu()

@@ -1,0 +1,170 @@
+"""Reading a canvas through a guider with another tokenizer.
+
+Owns the way from the diffusion model's ids to text, to the guider's ids, and back to positions: by character offsets,
+with special tokens mapped one by one. Knows nothing of acceptance rules or of how drafts are chosen.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import DynamicCache
+
+
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished character decodes to
+
+
+@dataclass
+class Translation:
+    """A row in the guider's ids, and for each id the canvas positions `[first, last]` whose text it shares."""
+
+    ids: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int]] = field(default_factory=list)
+
+    def append(self, token_id: int, first: int, last: int) -> None:
+        self.ids.append(token_id)
+        self.spans.append((first, last))
+
+
+class Alignment:
+    r"""
+    Translates rows of a canvas.
+
+    Text between special tokens is decoded and encoded again as a whole. A special token becomes the guider's token of
+    the same name, an end token the guider's end token, and any other is left out.
+
+    Args:
+        canvas_tokenizer (`PreTrainedTokenizerBase`): The diffusion model's.
+        guider_tokenizer (`PreTrainedTokenizerBase`): The guider's; a fast one, which knows character offsets.
+        canvas_ends (`set[int]`): End tokens of the diffusion model.
+        guider_end (`int`): The guider's end token.
+
+    Raises:
+        ValueError: If the guider's tokenizer does not know character offsets.
+    """
+
+    def __init__(self, canvas_tokenizer, guider_tokenizer, canvas_ends: set[int], guider_end: int | None):
+        if not guider_tokenizer.is_fast:
+            raise ValueError(
+                f"`tokenizer` must be a fast tokenizer, got {type(guider_tokenizer).__name__}: a slow one does not "
+                "say which characters a token stands for."
+            )
+        self.canvas_tokenizer, self.guider_tokenizer = canvas_tokenizer, guider_tokenizer
+        names = guider_tokenizer.get_vocab()
+        special = set(canvas_tokenizer.all_special_ids) | set(canvas_tokenizer.added_tokens_decoder)
+        self.special = {one: names.get(canvas_tokenizer.convert_ids_to_tokens(one)) for one in special}
+        self.special |= dict.fromkeys(canvas_ends, guider_end)
+        # What the guider expects in front of every text, such as its begin-of-text token.
+        self.prefix = guider_tokenizer("").input_ids
+
+    def translate(self, ids: list[int]) -> Translation:
+        """The guider's ids for a row of canvas ids without masks and padding."""
+        translation = Translation()
+        for token_id in self.prefix:
+            translation.append(token_id, -1, -1)
+        start = 0
+        for position, token_id in enumerate(ids):
+            if token_id in self.special:
+                self._append_text(translation, ids[start:position], start)
+                if self.special[token_id] is not None:
+                    translation.append(self.special[token_id], position, position)
+                start = position + 1
+        self._append_text(translation, ids[start:], start)
+        return translation
+
+    def _append_text(self, translation: Translation, ids: list[int], start: int) -> None:
+        if not ids:
+            return
+        ends = self._character_ends(ids)
+        text = self.canvas_tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        encoded = self.guider_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        first = 0
+        for token_id, (begin, end) in zip(encoded.input_ids, encoded.offset_mapping, strict=True):
+            while first < len(ids) - 1 and ends[first] <= begin:
+                first += 1
+            last = first
+            while last < len(ids) - 1 and (ends[last] < end or ends[last + 1] == end):
+                last += 1  # a token that only completes a character adds none, and shares the character
+            translation.append(token_id, start + first, start + last)
+
+    def _character_ends(self, ids: list[int]) -> list[int]:
+        """For each id, how many characters of the text stand when it has been read; an unfinished one counts."""
+        decode = self.canvas_tokenizer.decode
+        pieces = decode([[one] for one in ids])
+        if not any(REPLACEMENT in piece for piece in pieces):
+            lengths = torch.tensor([len(piece) for piece in pieces]).cumsum(0).tolist()
+            if lengths[-1] == len(decode(ids, clean_up_tokenization_spaces=False)):
+                return lengths
+        # Pieces that are no whole characters, or change beside each other: read the text as it grows.
+        return [len(decode(ids[: stop + 1], clean_up_tokenization_spaces=False)) for stop in range(len(ids))]
+
+
+class TextReader:
+    r"""
+    Judges canvas tokens with a model that reads them as text.
+
+    Its cache holds the ids that each row was read as; a row is read on from where they begin to differ, the batch from
+    the first such place.
+
+    Args:
+        model (`PreTrainedModel`): The guider.
+        alignment ([`Alignment`]): The way between the vocabularies.
+        num_rows (`int`): Rows of the batch.
+    """
+
+    def __init__(self, model, alignment: Alignment, num_rows: int):
+        self.model, self.alignment = model, alignment
+        self.cache = DynamicCache(config=model.config)
+        self.seen: list[list[int]] = [[] for _ in range(num_rows)]
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        self.seen = [self.seen[index] for index in indices.tolist()]
+        self.cache.batch_select_indices(indices.to(self.model.device))
+
+    def judge(self, rows: list[list[int]], first: list[int], rule: Callable) -> list[set[int]]:
+        """
+        Positions of each row, from `first` on, that the rule refuses: any of their text is in a refused token.
+
+        Args:
+            rows (`list[list[int]]`): Canvas ids of each row, drafts included, without padding.
+            first (`list[int]`): Position in each row of the first draft.
+            rule (`Callable`): `(logits (n, vocab_size), ids (n,)) -> accepted (n,)`.
+        """
+        read = [self.alignment.translate(row) for row in rows]
+        # The first guider token that holds text of a draft; the logits that score it come from the token before.
+        begins = [
+            next((k for k, (_, last) in enumerate(one.spans) if last >= start), len(one.ids))
+            for one, start in zip(read, first, strict=True)
+        ]
+        known = [_common_prefix(seen, one.ids) for seen, one in zip(self.seen, read, strict=True)]
+        start = max(min(min(begin - 1, same) for begin, same in zip(begins, known, strict=True)), 0)
+        logits = self._forward([one.ids for one in read], start)
+        refused = []
+        for index, (one, begin) in enumerate(zip(read, begins, strict=True)):
+            begin = max(begin, 1)  # nothing stands before the first token that could score it
+            scores = logits[index, begin - 1 - start : len(one.ids) - 1 - start]
+            ids = torch.tensor(one.ids[begin:], device=logits.device)
+            accepted = rule(scores, ids).tolist() if len(ids) else []
+            spans = [span for span, passed in zip(one.spans[begin:], accepted, strict=True) if not passed]
+            refused.append({position for low, high in spans for position in range(low, high + 1)})
+        return refused
+
+    def _forward(self, ids: list[list[int]], start: int) -> torch.Tensor:
+        """Logits from position `start` of the rows' ids on; what pads a shorter row stands behind all it has."""
+        longest = max(map(len, ids))
+        padded = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in ids], device=self.model.device)
+        self.cache.crop(min(start - self.cache.get_seq_length(), 0))
+        logits = self.model(
+            input_ids=padded[:, start:],
+            position_ids=torch.arange(start, longest, device=self.model.device)[None],
+            past_key_values=self.cache,
+            use_cache=True,
+        ).logits
+        self.seen = ids
+        return logits
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    length = min(len(left), len(right))
+    return next((index for index in range(length) if left[index] != right[index]), length)
