@@ -26,6 +26,7 @@ class Denoiser:
         self.model = model
         self.cache = cache
         self.shift = logits_shift
+        self.first = canvas_mask.argmax(1).cpu()  # where each row begins, behind its padding
         self.padded = not bool(canvas_mask.all())
         self.canvas_mask = canvas_mask
         self.position_ids = (canvas_mask.cumsum(1) - 1).clamp_min(0)
@@ -73,7 +74,7 @@ class Denoiser:
         output scores each position; how many positions each row computes. Tells the cache where the states go.
         """
         # With a shift the first score comes from the position before it, which a cut window has to include.
-        source = (positions - self.shift).clamp_min(0)
+        source = torch.maximum(positions - self.shift, self.first[:, None])
         lo = torch.minimum(window.lo, (frontier - self.shift).clamp_min(0))
         if self.cache is None:
             stop = int(window.hi.max())
@@ -127,6 +128,7 @@ class Denoiser:
         """Keep the rows `indices` (on the CPU) of the batch."""
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
+        self.first = self.first[indices]
         if self.cache is not None:
             self.cache.batch_select_indices(indices)
 

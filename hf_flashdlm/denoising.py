@@ -159,7 +159,8 @@ def denoise(
         denoiser (`Callable`): `(canvas, window, positions, frontier) -> (scores (B, N, V), query positions computed
             (B,))`, with `batch_select_indices`, see [`Denoiser`].
         method ([`Method`]): The parts that decide.
-        processors (`Callable`): `(canvas, scores, positions=, frontier=) -> scores`, with `batch_select_indices`.
+        processors (`Callable`): `(canvas, scores, positions=, frontier=, candidate=) -> scores`, with
+            `batch_select_indices`.
         drafter (`Callable`): `scores -> (token ids, confidence)`, both `(B, N)`; `-inf` refuses a position.
         after_step (`Callable`): Is shown the state after each step and returns which rows are finished, `(B,)`.
 
@@ -176,7 +177,8 @@ def denoise(
         scores, computed = denoiser(state.canvas, window, positions, frontier)
         # 3. drafts
         entropy = -negative_entropy(scores) if method.window_policy.needs_entropy else None
-        token_ids, confidence = drafter(processors(state.canvas, scores, positions=positions, frontier=frontier))
+        scores = processors(state.canvas, scores, positions=positions, frontier=frontier, candidate=candidate)
+        token_ids, confidence = drafter(scores)
         # 4. unmasking
         quota, next_step = method.schedule(state)
         unmask = select(confidence, candidate.to(confidence.device), quota.to(confidence.device), method.rule)

@@ -144,6 +144,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         # 2. The parts.
         guider = _guider(guider, options)
         prompt_length = layout.input_ids.shape[1]
+        skip = prompt_length - input_ids.shape[1]  # a longer negative prompt pads the prompt
         method = choose_parts(options, prompt_length, num_new, None if guider is None else guider.lookahead)
         denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs)
         temperature = generation_config.temperature if generation_config.do_sample else None
@@ -151,11 +152,11 @@ class FlashDLMGenerationMixin(GenerationMixin):
             guider.reset(self, canvas_mask, mask_token_id, temperature, generator)
         confidence = options.confidence if options.entropy_bound is None else "entropy"
         drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
-        processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider)
+        processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip)
         # 3. The loop.
         state = start_denoising(canvas, mask_token_id, method.window_policy.history)
         rows = Rows(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
-        stream = Stream(streamer, prompt_length)
+        stream = Stream(streamer, prompt_length, skip)
 
         def after_step(state):
             final, finished = rows.update(state)
@@ -166,7 +167,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
-        output = rows.output(input_ids.device, skip=prompt_length - input_ids.shape[1], **statistics)
+        output = rows.output(input_ids.device, skip=skip, **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
 
 
@@ -289,19 +290,10 @@ def _mask_token_id(model, options: DiffusionOptions) -> int:
 
 def _check_prompt(model, layout: _Layout, mask_token_id: int, max_length: int) -> None:
     """Refuse prompts that cannot be continued."""
-    input_ids, prompt_mask = layout.input_ids, layout.prompt_mask
-    if prompt_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `input_ids`, {tuple(input_ids.shape)}, got "
-            f"{tuple(prompt_mask.shape)}."
-        )
-    if input_ids.numel() == 0 or not prompt_mask.any(1).all():
-        raise ValueError(
-            "`input_ids` must hold at least one token in every row that is not padding, got an empty row."
-        )
-    if not prompt_mask[:, -1].all():
-        raise ValueError("`input_ids` must be padded on the left, got padding on the right: set padding_side='left'.")
-    if ((input_ids == mask_token_id) & (prompt_mask == 0)).any():
+    _check_padding("input_ids", layout.input_ids, layout.prompt_mask)
+    if layout.negative_ids is not None:
+        _check_padding("negative_prompt_ids", layout.negative_ids, layout.negative_mask)
+    if ((layout.input_ids == mask_token_id) & (layout.prompt_mask == 0)).any():
         raise ValueError(
             f"`input_ids` must not be padded with the mask token {mask_token_id}, whose positions are filled: set "
             "another `pad_token` in the tokenizer."
@@ -312,6 +304,18 @@ def _check_prompt(model, layout: _Layout, mask_token_id: int, max_length: int) -
             f"`max_new_tokens` and the prompt must fit the model's {longest} positions together, got {max_length}: "
             "shorten one of them."
         )
+
+
+def _check_padding(name: str, input_ids: torch.LongTensor, prompt_mask: torch.LongTensor) -> None:
+    if prompt_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must have the shape of `{name}`, {tuple(input_ids.shape)}, got "
+            f"{tuple(prompt_mask.shape)}."
+        )
+    if input_ids.numel() == 0 or not prompt_mask.any(1).all():
+        raise ValueError(f"`{name}` must hold at least one token in every row that is not padding, got an empty row.")
+    if not prompt_mask[:, -1].all():
+        raise ValueError(f"`{name}` must be padded on the left, got padding on the right: set padding_side='left'.")
 
 
 def _guider(guider, options: DiffusionOptions):

@@ -40,6 +40,7 @@ PEER_NAMES = {
 # Options that mean something to some window policies only.
 _POLICY_OPTIONS = {
     "freeze_length": ("freecache",),
+    "freeze_lag": ("freecache",),
     "left_margin": ("freecache",),
     "right_window": ("freecache",),
     "attend_stale": ("freecache",),
@@ -137,6 +138,10 @@ class DiffusionOptions:
             self._check_number(name, float, 0)
         for name in ("eps", "confidence_threshold", "frechet_delta"):
             self._check_number(name, float, 0, 1)
+        for name in ("run_empty_steps", "attend_stale", "grow_canvas", "stop_at_eos", "synchronize_blocks"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and (name != "synchronize_blocks" or value is not None):
+                raise ValueError(f"`{name}` must be True or False, got {value!r}.")
         for name, choices in (
             ("window_policy", WINDOW_POLICIES),
             ("confidence", CONFIDENCES),

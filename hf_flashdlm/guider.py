@@ -93,6 +93,7 @@ class ARReader(LogitsProcessor):
         scores: torch.Tensor,
         positions: torch.LongTensor,
         frontier: torch.LongTensor,
+        candidate: torch.BoolTensor | None = None,
     ) -> torch.Tensor:
         r"""
         Args:
@@ -101,16 +102,20 @@ class ARReader(LogitsProcessor):
             positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
                 Consecutive canvas positions that the scores belong to, on the CPU.
             frontier (`torch.LongTensor` of shape `(batch_size,)`): First masked position of each row, on the CPU.
+            candidate (`torch.BoolTensor` of shape `(batch_size, num_positions)`, *optional*):
+                Which positions may be written, on the CPU; by default the masked ones.
 
         Returns:
             `torch.Tensor`: Scores of the same shape.
         """
         started = time.perf_counter()
-        scores = self._process(input_ids, scores, positions, frontier)
+        if candidate is None:
+            candidate = (input_ids.gather(1, positions.to(input_ids.device)) == self.mask_token_id).cpu()
+        scores = self._process(input_ids, scores, positions, frontier, candidate)
         self.seconds += time.perf_counter() - started
         return scores
 
-    def _process(self, input_ids, scores, positions, frontier) -> torch.Tensor:
+    def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
         raise NotImplementedError
 
     def _read(self, input_ids, drafts, positions, frontier, asked=slice(None)) -> torch.Tensor:
@@ -122,7 +127,8 @@ class ARReader(LogitsProcessor):
         current = input_ids.gather(1, on_canvas)
         drafted = torch.where(current == self.mask_token_id, drafts, current)
         canvas = input_ids.scatter(1, on_canvas, drafted).to(self.canvas_mask.device)
-        start, stop = max(self.committed - 1, 0), int(positions.max())
+        start = max(self.committed - 1, 0)
+        stop = max(int(positions.max()), start + 1)
         if not torch.equal(self.seen[:, :start], canvas[:, :start]):
             raise RuntimeError("The canvas left of the frontier has changed since the last call: `reset` the guider.")
         self.cache.crop(min(start - self.cache.get_seq_length(), 0))
@@ -256,9 +262,8 @@ class ARGuider(ARReader):
         if self.text_reader is not None:
             self.text_reader.batch_select_indices(indices)
 
-    def _process(self, input_ids, scores, positions, frontier) -> torch.Tensor:
+    def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
         on_scores = positions.to(scores.device)
-        masked = input_ids.gather(1, on_scores) == self.mask_token_id
         asked = torch.ones_like(frontier, dtype=torch.bool)
         if self.gates is not None:
             asked = self.gates.ask(self.rows, (input_ids == self.mask_token_id).sum(1).cpu())
@@ -266,13 +271,14 @@ class ARGuider(ARReader):
                 return scores
         drafts, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
         inside = (positions >= frontier[:, None]) & (positions < frontier[:, None] + self.num_drafts)
-        judged = masked & (inside & asked[:, None]).to(scores.device)
+        judged = (candidate & inside & asked[:, None]).to(scores.device) & (probability > 0)
         accepted = self._judge(input_ids, drafts, positions, frontier, asked)
         if self.combine is not None:
             sure = probability >= self.confidence_threshold
             accepted = accepted | sure if self.combine == "union" else accepted & sure
-        # A first position of the canvas has no prefix to judge it by.
-        prefix = (~judged | (accepted & (on_scores > 0))).long().cumprod(1).bool() & judged
+        # The first position of a row has nothing before it to be judged by.
+        accepted &= self.position_ids.gather(1, positions.to(self.position_ids.device)).to(scores.device) > 0
+        prefix = (~judged | accepted).long().cumprod(1).bool() & judged
         self._count(judged, prefix, asked)
         # The first draft is written even if it is refused.
         written = prefix | (judged & (on_scores == frontier.to(scores.device)[:, None]))
@@ -392,7 +398,7 @@ class ProductMixture(ARReader):
             raise ValueError(f"`weight` must lie between 0 and 1, got {weight!r}.")
         self.weight = weight
 
-    def _process(self, input_ids, scores, positions, frontier) -> torch.Tensor:
+    def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
         drafts, _ = draft(scores, self.mask_token_id, self.temperature, self.generator)
         read = self._read(input_ids, drafts, positions, frontier).float().log_softmax(-1)
         mixed = self.weight * scores.log_softmax(-1) + (1 - self.weight) * read

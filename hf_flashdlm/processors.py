@@ -53,42 +53,45 @@ class CanvasProcessors:
         canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas holds padding.
         mask_token_id (`int`): Left out of the context that a processor is shown.
         guider ([`ARGuider`], *optional*): Judges what they leave of the scores.
+        skip (`int`): Columns of the canvas that the caller's prompt does not have.
 
     Raises:
         ValueError: If a processor of the host's is none of those above.
     """
 
-    def __init__(self, processors: LogitsProcessorList, canvas_mask, mask_token_id: int, guider=None):
-        self.processors, self.guider = processors, guider
+    def __init__(self, processors: LogitsProcessorList, canvas_mask, mask_token_id: int, guider=None, skip=0):
+        self.processors, self.guider, self.skip = list(map(_unpadded, processors)), guider, skip
         self.canvas_mask, self.mask_token_id = canvas_mask, mask_token_id
         for processor in processors:
-            known = isinstance(processor, POSITIONWISE + BY_LENGTH + BY_CONTEXT)
+            known = type(processor) in POSITIONWISE + BY_LENGTH + BY_CONTEXT  # a subclass may look at anything
             if not known and type(processor).__module__ == host.__name__:
                 raise ValueError(
                     f"`{type(processor).__name__}` cannot be used in a diffusion decode, which scores many positions "
                     "at once: drop the option that asks for it."
                 )
 
-    def __call__(self, canvas: torch.LongTensor, scores: torch.Tensor, positions, frontier) -> torch.Tensor:
+    def __call__(
+        self, canvas: torch.LongTensor, scores: torch.Tensor, positions, frontier, candidate=None
+    ) -> torch.Tensor:
         for processor in self.processors:
-            if isinstance(processor, POSITIONWISE):
+            if type(processor) in POSITIONWISE:
                 scores = processor(None, scores.flatten(0, 1)).view_as(scores)
             else:
                 scores = self._one_by_one(processor, canvas, scores, positions)
         if self.guider is not None:
-            scores = self.guider(canvas, scores, positions=positions, frontier=frontier)
+            scores = self.guider(canvas, scores, positions=positions, frontier=frontier, candidate=candidate)
         return scores
 
     def _one_by_one(self, processor, canvas, scores, positions) -> torch.Tensor:
         """Show the processor each position with the tokens left of it."""
         scores = scores.clone()
         known = self.canvas_mask.bool() & (canvas != self.mask_token_id)
-        by_length = isinstance(processor, BY_LENGTH)
+        by_length = type(processor) in BY_LENGTH
         for row, row_positions in enumerate(positions.tolist()):
             for slot, position in enumerate(row_positions):
-                context = canvas[row, :position]
+                context = canvas[row, self.skip : position]
                 if not by_length:
-                    context = context[known[row, :position]]
+                    context = context[known[row, self.skip : position]]
                 scores[row, slot] = processor(context[None], scores[row, slot][None])[0]
         return scores
 
@@ -97,3 +100,10 @@ class CanvasProcessors:
         self.canvas_mask = self.canvas_mask[indices.to(self.canvas_mask.device)]
         if self.guider is not None:
             self.guider.batch_select_indices(indices)
+
+
+def _unpadded(processor):
+    """The processor as it is for a row without padding, which is how the rows are shown to it."""
+    if type(processor) is host.RepetitionPenaltyLogitsProcessor and torch.is_tensor(processor.prompt_ignore_length):
+        return host.RepetitionPenaltyLogitsProcessor(processor.penalty)
+    return processor

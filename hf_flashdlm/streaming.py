@@ -17,10 +17,11 @@ class Stream:
     Args:
         streamer (`BaseStreamer`, *optional*): Nothing is done without one.
         prompt_length (`int`): The prompt, which the host has put already.
+        skip (`int`): Columns of the canvas that the caller's prompt does not have.
     """
 
-    def __init__(self, streamer, prompt_length: int):
-        self.streamer = streamer
+    def __init__(self, streamer, prompt_length: int, skip: int = 0):
+        self.streamer, self.skip = streamer, skip
         self.final = prompt_length
         self.canvas = None  # (B, L) of the whole batch, finished rows as they ended
 
@@ -32,7 +33,7 @@ class Stream:
             if self.canvas is None:
                 self.canvas = canvas.clone()
             self.canvas[rows] = canvas
-            self.streamer.put_draft(self.canvas)
+            self.streamer.put_draft(self.canvas[:, self.skip :])
             return
         end = int(final[0])
         if end > self.final:

@@ -170,7 +170,7 @@ def select(
 
     Args:
         confidence (`torch.Tensor` of shape `(batch_size, num_positions)`): Higher is written earlier; among equals
-            the lower position is.
+            the lower position is. `-inf` is never written.
         candidate (`torch.BoolTensor` of shape `(batch_size, num_positions)`): Positions that may be written.
         quota (`torch.LongTensor` of shape `(batch_size,)`): Tokens to write at the least, where there are as many.
         rule (`Callable`, *optional*): Maps the confidence, sorted downwards with `-inf` behind the last candidate, to
@@ -179,6 +179,7 @@ def select(
     Returns:
         `torch.BoolTensor` of shape `(batch_size, num_positions)`.
     """
+    candidate = candidate & (confidence > -torch.inf)
     ranked, order = confidence.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True)
     count = quota if rule is None else torch.maximum(rule(ranked), quota)
     chosen = torch.arange(ranked.shape[1], device=ranked.device) < count[:, None]

@@ -55,7 +55,7 @@ def left_padded():
 
 @pytest.fixture(scope="session")
 def decode(left_padded):
-    """`decode(model, prompts, **options)`: the output of `generate`, with the keywords of each forward as `forwards`."""
+    """`decode(model, prompts, **options)`: the output of `generate`, and each forward."""
 
     def decode(model, prompts, **options):
         input_ids, attention_mask = left_padded(prompts)

@@ -97,7 +97,9 @@ def test_keys_behind_the_attended_ones_are_as_if_they_were_not_there(model, canv
     torch.testing.assert_close(window, short[:, 5:8], atol=ATOL, rtol=0)
     cache.scatter(torch.tensor([[6, 2], [7, 7]]), attended)
     window = logits_of(model, canvas, torch.tensor([[6, 2], [7, 7]]), cache)
-    torch.testing.assert_close(window, short[torch.arange(2)[:, None], torch.tensor([[6, 2], [7, 7]])], atol=ATOL, rtol=0)
+    torch.testing.assert_close(
+        window, short[torch.arange(2)[:, None], torch.tensor([[6, 2], [7, 7]])], atol=ATOL, rtol=0
+    )
 
 
 def test_buffers_longer_than_the_first_forward_grow_into_their_canvas(model, canvas):
@@ -142,7 +144,9 @@ def test_rows_dropped_from_the_batch_leave_the_others_exact(model, canvas):
 # Freezing
 
 
-@pytest.mark.parametrize("write", [lambda cache: cache.window(2, 6), lambda cache: cache.scatter(torch.tensor([[4, 2]]))])
+@pytest.mark.parametrize(
+    "write", [lambda cache: cache.window(2, 6), lambda cache: cache.scatter(torch.tensor([[4, 2]]))]
+)
 def test_a_write_into_frozen_positions_is_refused(write):
     cache = filled()
     cache.freeze(3)
@@ -180,7 +184,9 @@ def test_freezing_twice_is_freezing_once():
 def test_what_is_frozen_does_not_shrink(first, second):
     cache = filled(batch_size=2)
     cache.freeze(first)
-    with pytest.raises(ValueError, match="must not be below the frozen length .* frozen states stay frozen until `thaw`"):
+    with pytest.raises(
+        ValueError, match="must not be below the frozen length .* frozen states stay frozen until `thaw`"
+    ):
         cache.freeze(second)
     assert torch.equal(cache.frozen_length, torch.as_tensor(first).reshape(-1))
 
@@ -196,7 +202,9 @@ def test_a_thawed_cache_can_be_refreshed():
 
 @pytest.mark.parametrize(("cache", "computed"), [(FreeCache(), 0), (filled(), 6)])
 def test_only_what_has_been_computed_can_be_frozen(cache, computed):
-    with pytest.raises(ValueError, match=rf"at most the {computed} positions computed so far, got \[7\]: run the forward"):
+    with pytest.raises(
+        ValueError, match=rf"at most the {computed} positions computed so far, got \[7\]: run the forward"
+    ):
         cache.freeze(7)
 
 
@@ -221,10 +229,14 @@ def test_a_window_is_not_empty_and_lies_within_the_canvas(lo, hi, message):
         filled().window(lo, hi)
 
 
-@pytest.mark.parametrize("write", [lambda cache: cache.window(2, 6), lambda cache: cache.scatter(torch.tensor([[2, 3]]))])
-def test_the_first_window_starts_at_the_first_position(write):
+def test_the_first_window_starts_at_the_first_position():
     with pytest.raises(ValueError, match=r"The first window must start at position 0, got \[2\]"):
-        write(FreeCache(canvas_length=6))
+        FreeCache(canvas_length=6).window(2, 6)
+
+
+def test_the_first_forward_cannot_be_scattered():
+    with pytest.raises(ValueError, match="first"):
+        FreeCache(canvas_length=6).scatter(torch.tensor([[0, 1], [0, 2]]))
 
 
 def test_states_land_at_the_window_and_in_the_same_memory():

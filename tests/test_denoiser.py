@@ -71,7 +71,12 @@ def reference(model, canvas, positions, mask=None, attended=None):
 
 def warmed(denoiser, canvas):
     """After the first forward, which computes everything."""
-    denoiser(canvas, window_of(0, LENGTH, batch_size=len(canvas)), consecutive([0] * len(canvas), 1), torch.zeros(len(canvas)).long())
+    denoiser(
+        canvas,
+        window_of(0, LENGTH, batch_size=len(canvas)),
+        consecutive([0] * len(canvas), 1),
+        torch.zeros(len(canvas)).long(),
+    )
     return denoiser
 
 
@@ -103,7 +108,9 @@ def test_a_cut_window_is_right_at_every_position_its_first_included(model, lo):
 
 def test_a_window_that_holds_the_position_before_its_frontier_is_not_widened(model):
     canvas = canvas_of()
-    _, computed = warmed(denoiser_of(model), canvas)(canvas, window_of(3, 9), consecutive([4, 4], 2), torch.tensor([4, 4]))
+    _, computed = warmed(denoiser_of(model), canvas)(
+        canvas, window_of(3, 9), consecutive([4, 4], 2), torch.tensor([4, 4])
+    )
     assert computed.tolist() == [6, 6]
 
 
@@ -125,9 +132,9 @@ def test_uneven_windows_of_padded_rows_equal_each_row_alone(tiny, name, data):
             canvas, window_of(frozen, hi, frozen=frozen, batch_size=3), positions, torch.tensor(frontier)
         )
         asked = (positions >= torch.tensor(frontier)[:, None]) & (positions < torch.tensor(hi)[:, None])
-        expected = reference(model, canvas, positions.clamp_min(3), mask)
-        assert_close(logits[asked], reference(model, canvas, positions.maximum(torch.tensor(padding)[:, None]), mask)[asked])
-        assert computed.tolist() == [end - low for end, low in zip(hi, frozen, strict=True)], expected.shape
+        expected = reference(model, canvas, positions.maximum(torch.tensor(padding)[:, None]), mask)
+        assert_close(logits[asked], expected[asked])
+        assert computed.tolist() == [end - low for end, low in zip(hi, frozen, strict=True)]
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -204,14 +211,27 @@ def test_rows_that_leave_take_their_padding_and_their_states_with_them(model):
     assert_close(logits, reference(model, canvas[kept], positions, mask[kept]))
 
 
-def test_only_the_rows_of_the_head_that_are_asked_for_are_computed(model, monkeypatch):
-    kept = []
-    hook = model.register_forward_pre_hook(lambda _, args, kwargs: kept.append(kwargs["logits_to_keep"]), with_kwargs=True)
-    try:
-        denoiser_of(model)(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), torch.tensor([4, 4]))
-    finally:
-        hook.remove()
-    assert kept[0].tolist() == [position - shift_of(model) for position in (4, 5, 6)]
+@pytest.fixture
+def forwards(model):
+    """The keywords of each forward of the model."""
+    seen = []
+    hook = model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+    yield seen
+    hook.remove()
+
+
+def test_only_the_rows_of_the_head_that_are_asked_for_are_computed(model, forwards):
+    denoiser_of(model)(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), torch.tensor([4, 4]))
+    assert forwards[0]["logits_to_keep"].tolist() == [position - shift_of(model) for position in (4, 5, 6)]
+
+
+def test_positions_are_counted_from_the_first_token_behind_the_padding(model, forwards):
+    """Rotary positions are relative, so that the logits of these models would not tell."""
+    mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
+    denoiser = warmed(denoiser_of(model, mask), canvas_of())
+    denoiser(canvas_of(), window_of(6, [8, 9]), consecutive([7, 7], 2), torch.tensor([7, 7]))
+    assert forwards[0]["position_ids"].tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5], list(range(10))]
+    assert forwards[1]["position_ids"].tolist() == [[2, 3, 3], [6, 7, 8]], "the shorter row repeats its last position"
 
 
 # Classifier-free guidance
@@ -227,10 +247,13 @@ def test_guidance_is_that_of_two_forwards(model, cached, padded):
         mask[0, :2] = 0
     blank = torch.where(given, 511, canvas)
     plain = [denoiser_of(model, mask, cached) for _ in range(2)]
-    guided = ClassifierFreeGuidance(denoiser_of(model, mask.repeat(2, 1), cached), scale, torch.full_like(canvas, 511), given)
+    guided = ClassifierFreeGuidance(
+        denoiser_of(model, mask.repeat(2, 1), cached), scale, torch.full_like(canvas, 511), given
+    )
     for window in (window_of(0, LENGTH), window_of(5, LENGTH, frozen=5)):
         (with_prompt, computed), (without, _) = (
-            denoiser(tokens, window, positions, frontier) for denoiser, tokens in zip(plain, (canvas, blank), strict=True)
+            denoiser(tokens, window, positions, frontier)
+            for denoiser, tokens in zip(plain, (canvas, blank), strict=True)
         )
         logits, both = guided(canvas, window, positions, frontier)
         assert_close(logits, without + scale * (with_prompt - without))

@@ -183,7 +183,11 @@ def test_a_rule_by_hand(rule, confidence, count):
 
 
 def factor_count(confidence, factor):
-    fits = [n for n in range(1, len(confidence) + 1) if all((i + 1) * (1 - confidence[i - 1]) <= factor for i in range(2, n + 1))]
+    fits = [
+        n
+        for n in range(1, len(confidence) + 1)
+        if all((i + 1) * (1 - confidence[i - 1]) <= factor for i in range(2, n + 1))
+    ]
     return max(fits, default=0)
 
 
@@ -282,5 +286,9 @@ def test_a_row_alone_is_chosen_as_in_a_batch(rows, rule):
         assert torch.equal(unmask.sum(1), torch.minimum(quota, candidate.sum(1)))
     for row, (values, allowed, count) in enumerate(rows):
         assert unmask[row].nonzero().flatten().tolist() == chosen(values, allowed, count, rule)
-        left_out = [value for value, allow, taken in zip(values, allowed, unmask[row], strict=True) if allow and not taken]
-        assert all(value >= max(left_out, default=-inf) for value, taken in zip(values, unmask[row], strict=True) if taken)
+        left_out = [
+            value for value, allow, taken in zip(values, allowed, unmask[row], strict=True) if allow and not taken
+        ]
+        assert all(
+            value >= max(left_out, default=-inf) for value, taken in zip(values, unmask[row], strict=True) if taken
+        )

@@ -104,7 +104,9 @@ def test_a_growing_canvas_ends_with_the_block(at):
 
 
 def test_a_row_that_waits_at_the_end_of_a_growing_canvas_is_fed_a_position(at):
-    window = replace(FREECACHE, growing=True)(at(7, 7, block_index=[0], block_start=[4], block_stop=[7], block_nfe=[3]))
+    window = replace(FREECACHE, growing=True)(
+        at(7, 7, block_index=[0], block_start=[4], block_stop=[7], block_nfe=[3])
+    )
     assert numbers(window) == (6, 7, 7, 6)
 
 
@@ -112,6 +114,7 @@ def test_a_block_that_a_growing_canvas_has_just_reached_is_computed_before_it_is
     policy = replace(FREECACHE, growing=True, right_window=1, attend_stale=True)
     assert numbers(policy(at(7, 7, block_nfe=[0]))) == (7, 10, 10, 7), "its states are not stale: there are none"
     assert numbers(policy(at(7, 7, block_nfe=[1]))) == (7, 8, 10, 7)
+    assert numbers(replace(policy, attend_stale=False)(at(7, 7, block_nfe=[0]))) == (7, 8, 8, 7)
 
 
 @pytest.mark.parametrize(("frontiers", "block_nfe", "lo"), [((4, 4), 0, 0), ((7, 7), 0, 7), ((4, 4), 1, 4)])
@@ -210,12 +213,12 @@ def some(confidence):
 
 @pytest.fixture(scope="session")
 def run(start):
-    """The states and windows of a decode of noise with a policy."""
+    """The states and windows of a decode of noise with a policy, in which one row is ahead of the other."""
 
     def run(policy, blocks, seed):
         recorder = Recorder(policy)
         method = Method(recorder, Blocks(PROMPT, BLOCK, **blocks), MinimumSchedule(), some)
-        state = start("pppp______", "pppp______", history=policy.history)
+        state = start("pppp______", "ppppaa____", history=policy.history)
         denoise(state, RandomDenoiser(seed), method, NoProcessors(), draft_letters, lambda state: ~state.masked.any(1))
         return recorder.seen
 
@@ -239,13 +242,15 @@ policies = (
     | freecaches
     | st.builds(FullWindow, growing=st.booleans())
     | st.builds(BlockWindow, dual=st.booleans())
-    | st.builds(DKVWindow, refresh_steps=st.integers(1, 4), first_steps=st.integers(0, 2), frozen_prompt=st.integers(0, 3))
+    | st.builds(
+        DKVWindow, refresh_steps=st.integers(1, 4), first_steps=st.integers(0, 2), frozen_prompt=st.integers(0, 3)
+    )
 )
 blocks = st.fixed_dictionaries({"synchronous": st.booleans(), "lookahead": st.none() | st.integers(1, 4)})
 seeds = st.integers(0, 1000)
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_a_window_holds_the_frontier_and_is_never_empty(run, policy, blocks, seed):
     for state, window in run(policy, blocks, seed):
@@ -256,7 +261,7 @@ def test_a_window_holds_the_frontier_and_is_never_empty(run, policy, blocks, see
         assert (window.hi <= window.attended).all() and (window.attended <= LENGTH).all()
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_what_is_frozen_is_finished_text_left_of_the_window(run, policy, blocks, seed):
     for state, window in run(policy, blocks, seed):
@@ -264,7 +269,7 @@ def test_what_is_frozen_is_finished_text_left_of_the_window(run, policy, blocks,
         assert (window.frozen <= state.frontiers[:, 0]).all() and (window.frozen <= window.lo).all()
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_without_a_refresh_what_is_frozen_never_shrinks(run, policy, blocks, seed):
     frozen = [0, 0]
@@ -274,7 +279,7 @@ def test_without_a_refresh_what_is_frozen_never_shrinks(run, policy, blocks, see
             frozen[row] = length
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_no_state_is_attended_before_it_has_been_computed(run, policy, blocks, seed):
     computed = torch.zeros(2, LENGTH, dtype=torch.bool)
@@ -285,7 +290,7 @@ def test_no_state_is_attended_before_it_has_been_computed(run, policy, blocks, s
         assert (computed[state.rows] | (everywhere >= window.attended[:, None])).all()
 
 
-@settings(max_examples=150)
+@settings(max_examples=100)
 @given(freecaches, blocks, seeds)
 def test_states_are_frozen_once_the_lag_of_forwards_has_seen_their_tokens(run, policy, blocks, seed):
     clean = torch.zeros(2, LENGTH, dtype=torch.long)  # forwards that have computed the position with its token
@@ -293,10 +298,3 @@ def test_states_are_frozen_once_the_lag_of_forwards_has_seen_their_tokens(run, p
         frozen = torch.arange(LENGTH) < window.frozen[:, None]
         assert (clean[state.rows][frozen] >= policy.freeze_lag).all()
         clean[state.rows] += ~frozen & ~state.masked
-
-
-def test_dbg(run):
-    for seed in range(20):
-        bad = [1 for state, window in run(FreeCacheWindow(4,3,0,growing=True), {"synchronous": True}, seed) if not (window.lo<window.hi).all()]
-        print(seed, len(bad))
-    assert 0

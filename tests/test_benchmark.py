@@ -1,0 +1,348 @@
+"""`flashdlm bench`: what it counts, what it writes, what it refuses; and the loops that ours is compared with."""
+
+import argparse
+import json
+
+import pytest
+import reference
+import torch
+
+from hf_flashdlm import ablation, benchmark, comparison, shapes
+from hf_flashdlm.ablation_table import COMBINATIONS, PARTS, settings
+from hf_flashdlm.cli import Parser
+from hf_flashdlm.demo import TINY, binomial_interval
+from hf_flashdlm.generation_config import DiffusionOptions
+from hf_flashdlm.guider import ARGuider
+from hf_flashdlm.machine import Ceilings, CostModel, Forward, Probe, commit, peak_memory
+from hf_flashdlm.measuring import Recipe, Run, format_table
+from hf_flashdlm.plots import frontier
+
+
+ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
+drafts_judged drafts_accepted guider_time_share outside_forwards_share accuracy accuracy_interval seconds
+seconds_of_runs speed_over_full_canvas speed_over_eos_stop tokens_per_second peak_memory_bytes floor_seconds
+seconds_over_floor""".split()
+RECORD_KEYS = "schema command seed commit machine versions options ceilings models rows".split()
+SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --device cpu".split()
+METHODS = ["--methods", "plain,plain-eos,freecache+window,guided,ar"]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """`bench("--config", "tiny")` runs the command with these arguments."""
+    monkeypatch.setattr(Ceilings, "measure", lambda *_: Ceilings(1e9, 1e9))
+
+    def bench(*arguments):
+        parser = Parser()
+        benchmark.add_commands(parser.add_subparsers())
+        args = parser.parse_args(["bench", *arguments])
+        args.run(args)
+
+    return bench
+
+
+# Of Dream only the plain order: with its shift a cached block needs a position before it, which loops treat each in
+# their way.
+@pytest.mark.parametrize(
+    ("name", "loop", "policy"),
+    [
+        ("llada", reference.llada, "none"),
+        ("llada_gqa", reference.llada, "none"),
+        ("dream", reference.llada, "none"),
+        ("llada", reference.fastdllm_prefix, "prefix"),
+        ("llada_gqa", reference.fastdllm_prefix, "prefix"),
+        ("llada", reference.fastdllm_dual, "dual"),
+        ("llada_gqa", reference.fastdllm_dual, "dual"),
+    ],
+)
+@pytest.mark.parametrize("block_length", [3, 4, 12])
+def test_ours_writes_what_a_loop_from_the_papers_writes(tiny, name, block_length, loop, policy):
+    model = tiny(name)
+    prompts = torch.randint(3, 400, (2, 7), generator=torch.Generator().manual_seed(block_length))
+    expected = loop(model, prompts, max_new_tokens=12, block_length=block_length)
+    ids = model.generate(
+        prompts, max_new_tokens=12, block_length=block_length, steps=12, window_policy=policy, stop_at_eos=False
+    )
+    assert ids.tolist() == expected.tolist()
+
+
+def test_the_record_has_its_schema_and_is_the_last_line(bench, capsys):
+    bench(*SHORT, *METHODS, "--json", "-")
+    lines = capsys.readouterr().out.splitlines()
+    record = json.loads(lines[-1])
+    assert list(record) == RECORD_KEYS
+    rows = {row["method"]: row for row in record["rows"]}
+    assert all(sorted(row) == sorted(ROW_KEYS) for row in rows.values())
+    assert record["command"].startswith("flashdlm bench --config tiny --new-tokens 8 --problems 2 --batch-size 1 ")
+    plain, guided, autoregressive = rows["plain"], rows["guided"], rows["ar"]
+    assert plain["nfe"] == 8 and plain["speed_over_full_canvas"] == 1
+    assert plain["active_tokens"] == 8 * (autoregressive["active_tokens"] - 7 + 8)
+    assert autoregressive["nfe"] == autoregressive["tokens"] == 8 and autoregressive["accuracy"] is None
+    assert 1 <= guided["guider_forwards"] == guided["nfe"] <= 8
+    assert 0 <= guided["drafts_accepted"] <= guided["drafts_judged"]
+    for row in rows.values():
+        assert 0 < row["outside_forwards_share"] < 1
+        assert row["seconds_over_floor"] == row["seconds"] / row["floor_seconds"]
+        assert row["tokens_per_second"] == pytest.approx(2 * row["tokens"] / row["seconds"])
+    # The table has a line for each row, under its headers.
+    header = next(index for index, line in enumerate(lines) if line.startswith("method"))
+    assert lines[header].split() == comparison.HEADERS
+    assert [line.split()[0] for line in lines[header + 1 : -1]] == list(rows)
+
+
+def test_random_weights_and_long_prompts(bench, tmp_path):
+    path = tmp_path / "record.json"
+    options = "--new-tokens 6 --block-length 3 --batch-size 1,2 --repeats 1 --prompt-length 11 --device cpu".split()
+    options += ["--methods", "plain,freecache,guided,reference plain", "--reference", reference.__file__]
+    bench("--config", "tiny", *options, "--problems", "2", "--json", str(path))
+    trained = json.loads(path.read_text())["rows"]
+    bench("--config", "tiny", "--random-weights", *options, "--json", str(path))
+    rows = json.loads(path.read_text())["rows"]
+    for name in ("active_tokens", "nfe"):
+        assert rows[0][name] == trained[0][name]
+    assert [row["batch_size"] for row in rows] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert rows[0]["nfe"] == 6 and rows[0]["active_tokens"] == 6 * (11 + 6)
+    assert rows[3]["method"] == "reference plain" and rows[3]["active_tokens"] == rows[0]["active_tokens"]
+    assert rows[0]["accuracy"] is None and trained[0]["accuracy"] is not None
+
+
+@pytest.mark.parametrize("name", ["llada-8b", "dream-7b"])
+@pytest.mark.parametrize("guider", [None, "qwen2.5-0.5b"])
+def test_shapes_of_the_large_models(name, guider):
+    config = shapes.SHAPES[name]()
+    args = argparse.Namespace(guider=guider, config=name)
+    with torch.device("meta"):
+        sizes = [
+            shapes.AutoModelForCausalLM.from_config(one).num_parameters() / 1e9
+            for one in (config, shapes.guider_config(args, config), shapes.twin_config(config))
+        ]
+    assert sizes[0] == sizes[2] == pytest.approx(8.02 if name == "llada-8b" else 7.62, abs=0.01)
+    assert sizes[1] == pytest.approx({None: 1.5, "qwen2.5-0.5b": 0.48}[guider], abs=0.06)
+
+
+def test_every_method_has_options_that_generate_takes():
+    for recipe in comparison.recipes(16, 4).values():
+        DiffusionOptions(**recipe.options)
+        ARGuider(None, **recipe.rule)
+    assert list(comparison.recipes(16, 4))[:2] == ["plain", "plain-eos"]
+
+
+def test_every_row_of_the_ablation_has_options_that_generate_takes():
+    table = settings(64, 8, ["small", "large"])
+    for setting in table:
+        DiffusionOptions(**setting.recipe.options).blocks(64)
+        ARGuider(None, **setting.recipe.rule)
+    names = [(setting.group, setting.recipe.name) for setting in table]
+    assert len(set(names)) == len(names), "a row could not be told from another"
+    assert {name for parts in COMBINATIONS for name in parts.split()} == set(PARTS)
+    assert {setting.recipe.guider for setting in table if setting.group == "guider size"} == {"small", "large"}
+    assert [setting.recipe.options["block_length"] for setting in table if setting.group == "plain order"] == [
+        1, 4, 8, 16, 64
+    ]  # fmt: skip
+
+
+def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, capsys):
+    short = [one for one in settings(8, 8, ["guider"]) if one.recipe.name in ("plain", "EOS", "plain, block 8", "V 4")]
+    monkeypatch.setattr(ablation, "settings", lambda *_: short)
+    path = tmp_path / "ablation.json"
+    arguments = ["--ablate", "--problems", "2", "--new-tokens", "8", "--json", str(path), "--device", "cpu"]
+    bench(*arguments)
+    printed = capsys.readouterr()
+    first = json.loads(path.read_text())
+    assert [row["name"] for row in first["rows"]] == ["plain", "EOS", "plain, block 8", "V 4"]
+    assert printed.err.count(" of 4: ") == 3, "`EOS` and `plain, block 8` are one setting"
+    assert first["rows"][1]["nfe"] == first["rows"][2]["nfe"]
+    assert set(first["verdict"]) == {
+        "best_plain", "unguided_nfe", "unguided_seconds", "guided_nfe", "guided_seconds"
+    }  # fmt: skip
+    bench(*arguments)
+    again = capsys.readouterr()
+    assert again.err == "", "nothing is measured twice"
+    bench("--show", str(path))
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"$ flashdlm bench --new-tokens 8 --problems 2 --device cpu --ablate --json {path}\n")
+    assert shown.endswith(again.out.partition("commit: ")[2].partition("\n")[2])
+    assert json.loads(path.read_text())["rows"] == first["rows"]
+    bench(*arguments, "--problems", "1")
+    second = json.loads(path.read_text())
+    assert [row["num_rows"] for row in second["rows"]] == [1, 1, 1, 1]
+    assert len(second["earlier"]) == 3, "rows of other settings stay in the file"
+
+
+def test_the_plots_are_written(bench, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+    bench(*SHORT, "--methods", "plain,guided", "--plot", str(tmp_path / "bench.png"))
+    short = settings(8, 8, ["guider"])[:6]
+    monkeypatch.setattr(ablation, "settings", lambda *_: short)
+    bench("--ablate", "--problems", "1", "--new-tokens", "8", "--plot", str(tmp_path), "--device", "cpu")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.png", "pareto.png", "seconds.png"]
+
+
+def test_the_frontier_holds_what_nothing_beats():
+    rows = [dict(nfe=nfe, accuracy=accuracy) for nfe, accuracy in ((8, 0.9), (4, 0.5), (6, 0.4), (9, 0.9), (4, 0.6))]
+    assert frontier(rows) == [dict(nfe=4, accuracy=0.6), dict(nfe=8, accuracy=0.9)]
+
+
+def test_the_verdict_names_what_comes_within_a_point():
+    def row(name, accuracy, nfe, seconds, guider=None, is_plain=False):
+        return dict(
+            name=name, group="g", accuracy=accuracy, nfe=nfe, seconds=seconds, guider=guider, is_plain=is_plain
+        )
+
+    rows = [
+        row("slow", 0.98, 64, 9, is_plain=True),
+        row("plain", 0.98, 32, 5, is_plain=True),
+        row("few", 0.97, 10, 4),
+        row("quick", 0.98, 12, 3),
+        row("wrong", 0.96, 2, 1),
+        row("guided", 0.97, 5, 2, guider="a"),
+    ]
+    verdict = ablation.verdict(rows)
+    assert {name: one["name"] for name, one in verdict.items()} == {
+        "best_plain": "plain",
+        "unguided_nfe": "few",
+        "unguided_seconds": "quick",
+        "guided_nfe": "guided",
+        "guided_seconds": "guided",
+    }
+    assert ablation.verdict(rows[:-1])["guided_nfe"] is None
+
+
+def test_the_interval_is_wilsons():
+    # 9 of 10 with z = 2: (0.9 + 0.2 +- 2 sqrt(0.009 + 0.01)) / 1.4 would be 0.589 to 0.983; z is 1.96.
+    assert binomial_interval(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
+    assert binomial_interval(0, 4) == pytest.approx((0, 3.8416 / 7.8416), abs=1e-6)
+
+
+def test_a_run_is_a_mean_per_row():
+    figures = Run(num_rows=2, correct=1, tokens=6, nfe=4, active_tokens=10, seconds=2.0, forward_seconds=1.5).figures()
+    assert figures["tokens"] == 3 and figures["nfe"] == 2 and figures["active_tokens"] == 5
+    assert figures["tokens_per_forward"] == 1.5
+    assert figures["outside_forwards_share"] == 0.25
+    assert figures["accuracy"] == 0.5
+
+
+def test_the_cost_model_counts_as_one_would_by_hand(tiny):
+    model = tiny("llada_gqa")
+    cost, config = CostModel(model), model.config
+    forward = Forward(rows=2, queries=3, keys=5, head_rows=1)
+    linear = [one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    head = config.embedding_size * config.d_model
+    norms = (2 * config.n_layers + 1) * config.d_model
+    body = sum(one.weight.numel() for one in linear) - head + norms
+    attention = 4 * config.n_layers * config.d_model * 3 * 5
+    assert cost.flops(forward) == 2 * (2 * (body * 3 + head * 1) + attention)
+    head_dim = config.d_model // config.n_heads
+    assert cost.bytes(forward) == 4 * (body + head + 2 * 2 * 5 * config.n_layers * config.n_kv_heads * head_dim)
+    flops_bound, bytes_bound = Ceilings(1.0, 1e30), Ceilings(1e30, 1.0)
+    assert cost.floor_seconds([forward, forward], flops_bound) == 2 * cost.flops(forward)
+    assert cost.floor_seconds([forward], bytes_bound) == cost.bytes(forward)
+
+
+def test_a_probe_sees_each_forward_and_is_gone_afterwards(tiny):
+    model = tiny("llada")
+    prompt = torch.tensor([[5, 70, 200, 41]])
+    with Probe(model) as probe:
+        output = model.generate(
+            prompt, max_new_tokens=4, block_length=2, steps=4, stop_at_eos=False, return_dict_in_generate=True
+        )
+    assert probe.forwards[0] == Forward(rows=1, queries=8, keys=8, head_rows=2)
+    assert len(probe.forwards) == output.nfe == 4
+    assert sum(one.queries for one in probe.forwards) == output.active_tokens
+    assert probe.seconds > 0
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+def test_peak_memory_sees_a_tensor_that_is_gone():
+    with peak_memory(torch.device("cpu")) as peak:
+        torch.ones(2**24).sum()
+    assert peak == [None] or peak[0] > 6e7
+
+
+def test_ceilings_are_numbers_of_this_machine():
+    ceilings = Ceilings.measure(torch.device("cpu"), torch.float32, 10**6)
+    assert 1e8 < ceilings.flops_per_second < 1e15
+    assert 1e8 < ceilings.bytes_per_second < 1e14
+
+
+def test_the_commit_is_known_in_a_repository():
+    assert commit() is None or len(commit().removesuffix("+")) == 40
+
+
+def test_a_table_is_aligned():
+    assert format_table(["a", "bb"], [["long", "1"], ["x", "100"]]) == "a      bb\nlong    1\nx     100"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "`--model` or `--config` must be given"),
+        (["--model", "a", "--config", "tiny"], "`--model` or `--config` must be given"),
+        (["--model", "a", "--random-weights"], "`--random-weights` belongs to `--config`"),
+        (["--config", "llada-8b"], "`--config llada-8b` has no weights: add `--random-weights`"),
+        (["--config", "llada"], "argument --config: invalid choice: 'llada'"),
+        (["--config", "tiny", "--dtype", "float31"], "`--dtype` must be auto or a dtype of torch, got 'float31'."),
+        (["--config", "tiny", "--device", "abacus"], "`--device` must be auto or a device"),
+        (["--config", "tiny", "--batch-size", "0"], "argument --batch-size: must be an integer of at least 1"),
+        (["--config", "tiny", "--batch-size", "1,,2"], "argument --batch-size: must be names with commas"),
+        (["--config", "tiny", "--methods", "magic"], "`--methods` must be some of plain, "),
+        (["--config", "tiny", "--problems", "100000"], "`--problems` must be at most "),
+        (["--model", str(TINY / "dlm"), "--methods", "guided"], "`--methods` guided needs a guider: add `--guider`."),
+        (["--config", "tiny", "--random-weights", "--guider", "x"], "`--guider` must be one of qwen2.5-0.5b, "),
+        (["--config", "tiny", "--json", "/no/such/a.json"], "`--json` must be - or a file in a folder that exists"),
+        (["--config", "tiny", "--plot", "/no/such/a.png"], "`--plot` must be a .png or .svg file in a folder"),
+        (["--config", "tiny", "--plot", "a.txt"], "`--plot` must be a .png or .svg file in a folder"),
+        (["--config", "tiny", "--reference", "/no/such.py"], "`--reference` must be a Python file"),
+        (["--config", "tiny", "--reference", comparison.__file__ + "x"], "`--reference` must be a Python file"),
+        (["--config", "tiny", "--guiders", "a,b"], "`--guiders` belongs to `--ablate`"),
+        (["--ablate", "--config", "tiny"], "`--config` has no meaning with `--ablate`"),
+        (["--ablate", "--batch-size", "1,4"], "`--batch-size` must be one number with `--ablate`"),
+        (["--ablate", "--plot", "/no/such"], "`--plot` must be a folder that exists for an ablation"),
+        (["--ablate", "--guiders", "a/model"], "`--guiders` must be folders of different names"),
+        (["--ablate", "--guiders", "a/x,b/x"], "`--guiders` must be folders of different names"),
+        (["--show", "/no/such.json"], "`--show` must be a file that `--json` has written"),
+        (["--show", str(TINY / "dlm" / "config.json")], "`--show` must be a file that `--json` has written"),
+        (["--ablate", "--json", str(TINY / "dlm" / "config.json")], "`--json` must be a new file or one of an abl"),
+    ],
+)
+def test_a_mistake_is_one_sentence(bench, arguments, message):
+    with pytest.raises(ValueError) as error:
+        bench(*arguments)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)
+
+
+def test_a_reference_without_methods_and_uneven_prompts_are_refused(bench, tmp_path):
+    (tmp_path / "loops.py").write_text("LOOPS = {}\n")
+    with pytest.raises(ValueError, match="must define METHODS"):
+        bench(*SHORT, "--reference", str(tmp_path / "loops.py"))
+    uneven = [*SHORT, "--batch-size", "4", "--reference", reference.__file__, "--methods", "reference plain"]
+    with pytest.raises(ValueError, match="take prompts of one length: add `--prompt-length`"):
+        bench(*uneven)
+
+
+def test_plots_without_matplotlib_are_refused(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs matplotlib"):
+        bench(*SHORT, "--plot", str(tmp_path / "a.png"))
+
+
+def test_help_names_every_option(capsys):
+    parser = Parser()
+    benchmark.add_commands(parser.add_subparsers())
+    with pytest.raises(SystemExit):
+        parser.parse_args(["bench", "--help"])
+    printed = capsys.readouterr().out.partition("options:")[2]
+    for name in (
+        "model config random-weights guider prompt-length new-tokens block-length problems batch-size methods "
+        "reference repeats threads dtype device seed ablate guiders json show plot"
+    ).split():
+        assert f"--{name}" in printed
+
+
+def test_threads_and_recipe_defaults(bench, monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(torch, "set_num_threads", seen.append)
+    bench(*SHORT, "--methods", "plain", "--threads", "2")
+    assert seen == [2]
+    assert Recipe("a") == Recipe("a", {}, None, {}, None, True)

@@ -1,0 +1,446 @@
+"""The autoregressive guider: what it accepts, what its cache holds, and that it never writes a token of its own."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from hf_flashdlm import ARGuider
+
+
+MASK, V = 511, 512
+ENDS = list(range(1, 70))
+PROMPTS = [[5, 70, 200, 41, 333, 62, 90, 8], [77, 130, 402, 256], [300, 21, 450]]
+POLICIES = [
+    dict(window_policy="none"),
+    dict(window_policy="none", grow_canvas=True),
+    dict(window_policy="prefix"),
+    dict(window_policy="dual"),
+    dict(window_policy="dkv"),
+    dict(window_policy="dkv", refresh_steps=2),
+    dict(),
+    dict(freeze_lag=0),
+    dict(freeze_lag=2, left_margin=2),
+    dict(right_window=5),
+    dict(right_window=3, attend_stale=True),
+    dict(grow_canvas=True),
+    dict(refresh_blocks=1),
+    dict(refresh_entropy=1.0),
+    dict(synchronize_blocks=True),
+]
+OPTIONS = dict(max_new_tokens=12, block_length=4, pad_token_id=0)
+FILLED = OPTIONS | dict(stop_at_eos=False)
+
+
+class Decided(ARGuider):
+    """A guider that reads as usual but accepts as it is told."""
+
+    def __init__(self, model, decide, **options):
+        super().__init__(model, **options)
+        self.decide = decide
+
+    def _accept(self, logits, drafts):
+        return self.decide(drafts)
+
+
+def always(drafts):
+    return torch.ones_like(drafts, dtype=torch.bool)
+
+
+def never(drafts):
+    return torch.zeros_like(drafts, dtype=torch.bool)
+
+
+def random(seed, rate=0.7):
+    generator = torch.Generator().manual_seed(seed)
+    return lambda drafts: torch.rand(drafts.shape, generator=generator) < rate
+
+
+@pytest.fixture
+def guider(tiny):
+    """`guider(**options)` is a guider around the tiny autoregressive model."""
+    return lambda **options: ARGuider(tiny("guider"), **options)
+
+
+@pytest.fixture
+def decided(tiny):
+    return lambda decide, **options: Decided(tiny("guider"), decide, **options)
+
+
+# --- acceptance ------------------------------------------------------------------------------------------------------
+
+# Log-probabilities of a vocabulary of five: token 0 is the best, 1 and 2 tie behind it, 4 is impossible.
+HAND_SET = torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0]).log()[None, None]
+
+
+@pytest.mark.parametrize(
+    ("options", "accepted"),
+    [
+        (dict(accept="top1"), [0]),
+        (dict(accept="top1", top_k=3), [0]),
+        (dict(accept="topk", top_k=1), [0]),
+        (dict(accept="topk", top_k=2), [0, 1, 2]),  # equals share a rank
+        (dict(accept="topk", top_k=3), [0, 1, 2]),
+        (dict(accept="topk", top_k=4), [0, 1, 2, 3]),
+        (dict(accept="topk", top_k=5), [0, 1, 2, 3, 4]),
+        (dict(accept="topk_relative", top_k=5, relative_threshold=0.41), [0]),
+        (dict(accept="topk_relative", top_k=5, relative_threshold=0.39), [0, 1, 2]),
+        (dict(accept="topk_relative", top_k=5, relative_threshold=0.19), [0, 1, 2, 3]),
+        (dict(accept="topk_relative", top_k=1, relative_threshold=0.0), [0]),
+        (dict(accept="topk_relative", top_k=4, relative_threshold=1.0), [0]),
+        (dict(), [0]),
+    ],
+    ids=str,
+)
+def test_a_rule_accepts_what_it_says(guider, options, accepted):
+    drafts = torch.arange(5)[None]
+    assert guider(**options)._accept(HAND_SET.expand(1, 5, 5), drafts)[0].nonzero().flatten().tolist() == accepted
+
+
+def test_a_tie_for_the_best_token_is_accepted_by_every_rule(guider):
+    logits, drafts = torch.tensor([[[3.0, 3.0, 1.0]]]), torch.tensor([[1]])
+    for rule in ("top1", "topk", "topk_relative"):
+        assert guider(accept=rule, top_k=1, relative_threshold=1.0)._accept(logits, drafts).all()
+
+
+def alphabet_guider(decide, **options):
+    """A guider of six tokens, 0 the mask, that scores nothing and accepts as it is told."""
+    model = SimpleNamespace(config=AutoConfig.for_model("qwen2", vocab_size=6), device=torch.device("cpu"))
+    guider = Decided(model, decide, **options)
+    diffusion_model = SimpleNamespace(config=model.config)
+    guider.reset(diffusion_model, torch.ones(1, 9, dtype=torch.long), mask_token_id=0)
+    guider.model = lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=torch.zeros(1, logits_to_keep, 6))
+    return guider
+
+
+def judge(guider, canvas, scores, positions, frontier):
+    """One step of a guider, of a row."""
+    return guider(canvas, scores, positions=positions, frontier=torch.tensor([frontier]))
+
+
+@pytest.mark.parametrize(
+    ("accepted", "written"),
+    [
+        ([], [3]),  # the first draft is written although it is refused
+        ([3], [3]),
+        ([3, 4], [3, 4]),
+        ([4, 6, 7], [3]),
+        ([3, 4, 6], [3, 4, 6]),  # 5 is known: it is nothing to judge, and breaks no prefix
+        ([3, 4, 7], [3, 4]),
+        ([3, 4, 6, 7, 8], [3, 4, 6, 7]),  # five drafts at most, of which position 8 would be the sixth place
+    ],
+)
+def test_the_longest_accepted_prefix_comes_back_with_its_drafts_as_only_scores(accepted, written):
+    canvas = torch.tensor([[1, 2, 3, 0, 0, 5, 0, 0, 0]])
+    positions = torch.arange(3, 9)[None]
+    scores = torch.zeros(1, 6, 6).scatter(2, torch.tensor([[[1], [2], [3], [4], [5], [1]]]), 9.0)
+    guider = alphabet_guider(lambda drafts: torch.isin(positions, torch.tensor(accepted)), num_drafts=5)
+    result = judge(guider, canvas, scores, positions, 3)
+    finite = result.isfinite()
+    assert (finite.sum(-1) == 1).all()
+    chosen = result.argmax(-1)[0].tolist()
+    assert [position for position in range(3, 9) if position != 5 and chosen[position - 3] != 0] == written
+    assert all(chosen[position - 3] == [1, 2, 3, 4, 5, 1][position - 3] for position in written)
+    assert guider.judged.tolist() == [4]
+    assert guider.accepted_lengths == [[len([p for p in written if p in accepted])]]
+
+
+# --- whole decodes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_an_always_accepting_guider_writes_every_draft(tiny, decode, decided, policy):
+    model = tiny("dream_trained")
+    output = decode(model, [PROMPTS[0]], guider=decided(always), **FILLED, **policy)
+    # Everything in reach is written at once; without a narrow window that is the whole canvas, in one step.
+    narrow = policy.get("right_window") and not output.nfe.eq(1).all()
+    if not narrow and not policy.get("grow_canvas"):
+        plain = decode(model, [PROMPTS[0]], **FILLED | dict(block_length=12), confidence_threshold=0, **policy)
+        assert output.sequences.tolist() == plain.sequences.tolist()
+        assert output.nfe.tolist() == [1]
+        assert output.drafts_accepted.tolist() == [12]
+    assert output.drafts_accepted.tolist() == output.drafts_judged.tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_an_always_refusing_guider_leaves_one_token_a_step_from_left_to_right(tiny, decode, decided, policy):
+    output = decode(tiny("dream_trained"), PROMPTS, guider=decided(never), **FILLED, **policy)
+    assert output.nfe.tolist() == [12, 12, 12]
+    assert output.drafts_accepted.tolist() == [0, 0, 0]
+    for step, forward in enumerate(output.forwards):
+        if forward["past_key_values"] is None and not policy.get("grow_canvas"):
+            masks = (forward["input_ids"] == MASK).sum(1)
+            assert masks.tolist() == [12 - step] * 3
+    if policy == dict(window_policy="none"):
+        plain = decode(tiny("dream_trained"), PROMPTS, **FILLED | dict(block_length=1), **policy)
+        assert output.sequences.tolist() == plain.sequences.tolist()
+
+
+@pytest.mark.parametrize("accept", ["topk", "topk_relative"])
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+def test_a_guided_row_decodes_alone_as_in_an_uneven_batch(tiny, decode, guider, policy, accept):
+    options = OPTIONS | dict(eos_token_id=ENDS) | policy
+    batch = decode(tiny("dream_trained"), PROMPTS, guider=guider(accept=accept, top_k=5), **options)
+    for row, prompt in enumerate(PROMPTS):
+        alone = decode(tiny("dream_trained"), [prompt], guider=guider(accept=accept, top_k=5), **options)
+        text, in_batch = alone.sequences[0, len(prompt) :].tolist(), batch.sequences[row, 8:].tolist()
+        assert in_batch == text + [0] * (len(in_batch) - len(text))
+        for field in ("drafts_judged", "drafts_accepted"):
+            assert batch[field][row] == alone[field][0]
+        if policy.get("window_policy") != "dual":  # there rows wait for each other at the end of a block
+            assert batch.nfe[row] == batch.guider_forwards[row] == alone.nfe[0]
+            assert batch.accepted_lengths[row] == alone.accepted_lengths[0]
+
+
+@pytest.mark.parametrize("num_drafts", [1, 2, 32])
+@pytest.mark.parametrize("policy", [dict(window_policy="none"), dict()], ids=str)
+def test_infilled_rows_decode_alone_as_in_a_batch(tiny, decode, guider, policy, num_drafts):
+    holes = [[5, MASK, 200, MASK, MASK, 62, 90, 8], [MASK, MASK, 402, 256, MASK], [300, 21]]
+    options = FILLED | policy
+    judge = guider(accept="topk", top_k=200, num_drafts=num_drafts)
+    batch = decode(tiny("dream_trained"), holes, guider=judge, **options)
+    for row, prompt in enumerate(holes):
+        alone = decode(tiny("dream_trained"), [prompt], guider=judge, **options)
+        assert batch.sequences[row, 8 - len(prompt) :].tolist() == alone.sequences[0].tolist()
+        assert batch.accepted_lengths[row] == alone.accepted_lengths[0]
+
+
+@pytest.mark.parametrize("prompt", [[MASK, 5, 6], [MASK, MASK]])
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_a_canvas_that_begins_with_a_mask_can_be_guided(tiny, decode, guider, prompt, num_drafts):
+    output = decode(tiny("dream_trained"), [prompt], guider=guider(num_drafts=num_drafts), **FILLED)
+    assert not (output.sequences == MASK).any()
+
+
+def test_one_draft_at_a_time_is_plain_left_to_right(tiny, decode, guider):
+    output = decode(tiny("dream_trained"), PROMPTS, guider=guider(num_drafts=1), window_policy="none", **FILLED)
+    plain = decode(tiny("dream_trained"), PROMPTS, **FILLED | dict(block_length=1), window_policy="none")
+    assert output.sequences.tolist() == plain.sequences.tolist()
+    assert output.drafts_judged.tolist() == [12, 12, 12]
+
+
+def test_every_token_is_what_the_diffusion_model_drafted(tiny, decode, guider):
+    model = tiny("dream_trained")
+    output = decode(model, [PROMPTS[0]], guider=guider(accept="topk", top_k=5), window_policy="none", **FILLED)
+    canvases = [forward["input_ids"] for forward in output.forwards] + [output.sequences]
+    assert len(canvases) > 3
+    for before, after in zip(canvases[:-1], canvases[1:], strict=True):
+        with torch.no_grad():
+            logits = model(before).logits
+        logits[..., MASK] = -math.inf
+        drafts = torch.cat([before[:, :1], logits[:, :-1].argmax(-1)], 1)
+        changed = after != before
+        assert changed.any() and (before[changed] == MASK).all()
+        assert (after[changed] == drafts[changed]).all()
+
+
+def test_what_a_processor_forbids_the_guider_does_not_see(tiny, decode, decided):
+    plain = decode(tiny("dream_trained"), PROMPTS, guider=decided(always), **FILLED)
+    unwanted = sorted(set(plain.sequences[:, 8:].flatten().tolist()))
+    output = decode(tiny("dream_trained"), PROMPTS, guider=decided(always), **FILLED, suppress_tokens=unwanted)
+    assert not torch.isin(output.sequences[:, 8:], torch.tensor(unwanted)).any()
+
+
+def test_guided_sampling_depends_on_the_seed_alone(tiny, decode, guider):
+    judge, outputs = guider(accept="topk", top_k=50), []
+    for seed in (1, 1, 2):
+        generator = torch.Generator().manual_seed(seed)
+        options = FILLED | dict(do_sample=True, top_k=0, temperature=1.5, generator=generator)
+        outputs.append(decode(tiny("dream_trained"), PROMPTS, guider=judge, **options).sequences.tolist())
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != outputs[2]
+
+
+def test_a_bare_model_is_a_guider_of_the_default_rule(tiny, decode, guider):
+    bare, wrapped = (
+        decode(tiny("dream_trained"), PROMPTS, guider=one, **FILLED) for one in (tiny("guider"), guider())
+    )
+    assert bare.sequences.tolist() == wrapped.sequences.tolist()
+    assert bare.drafts_accepted.tolist() == wrapped.drafts_accepted.tolist()
+
+
+# --- its cache -------------------------------------------------------------------------------------------------------
+
+
+class Recomputing(Decided):
+    """Forgets its cache before every forward, and so reads everything anew."""
+
+    def _read(self, *args):
+        self.cache.crop(-self.cache.get_seq_length()) if self.cache.get_seq_length() else None
+        self.committed, self.seen = 0, self.seen[:, :0]
+        logits = super()._read(*args)
+        self.logits.append(logits)
+        return logits
+
+
+class Caching(Decided):
+    def _read(self, *args):
+        logits = super()._read(*args)
+        self.logits.append(logits)
+        return logits
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_after_any_history_the_cache_holds_the_committed_prefix(tiny, decode, seed):
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [
+        torch.randint(70, 500, (int(length),), generator=generator).tolist()
+        for length in torch.randint(1, 9, (3,), generator=generator)
+    ]
+    if seed % 4 == 0:
+        prompts[1][len(prompts[1]) // 2] = MASK
+    outputs, logits = [], []
+    for kind in (Caching, Recomputing):
+        judge = kind(tiny("guider"), random(seed, 0.75), num_drafts=(32, 5, 1)[seed % 3])
+        judge.logits = []
+        options = OPTIONS | dict(max_new_tokens=24, eos_token_id=ENDS, window_policy=("freecache", "none")[seed % 2])
+        outputs.append(decode(tiny("dream_trained"), prompts, guider=judge, **options))
+        logits.append(judge.logits)
+    assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
+    assert outputs[0].accepted_lengths == outputs[1].accepted_lengths
+    for cached, recomputed in zip(*logits, strict=True):
+        # The first position of a canvas is scored by nothing.
+        torch.testing.assert_close(cached, recomputed, atol=2e-4, rtol=1e-3)
+
+
+def test_every_forward_reads_from_the_last_committed_token_on(tiny, decode, decided):
+    judge, read = decided(random(7)), []
+    hook = tiny("guider").register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(
+            (kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"].shape[1])
+        ),
+        with_kwargs=True,
+    )
+    try:
+        output = decode(tiny("dream_trained"), [PROMPTS[0]], guider=judge, **FILLED | dict(max_new_tokens=24))
+    finally:
+        hook.remove()
+    assert len(read) == int(output.guider_forwards[0]) > 4
+    written = torch.tensor([max(length, 1) for length in output.accepted_lengths[0]]).cumsum(0)
+    # The forward before had seen the frontier then; one token more than is new is read, to score the first.
+    frontiers = [8] + (8 + written).tolist()
+    assert [cached for cached, _ in read] == [0] + [frontier - 1 for frontier in frontiers[: len(read) - 1]]
+    assert all(cached + fed == 31 for cached, fed in read)
+
+
+def test_a_prefix_that_was_changed_is_noticed():
+    canvas, positions = torch.tensor([[1, 2, 3, 0, 0]]), torch.arange(3, 5)[None]
+    guider = alphabet_guider(always)
+    guider.model = lambda input_ids, past_key_values, logits_to_keep, **_: SimpleNamespace(
+        logits=torch.zeros(1, logits_to_keep, 6)
+    )
+    judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)
+    canvas[0, 1] = 5
+    with pytest.raises(
+        RuntimeError, match="^The canvas left of the frontier has changed since the last call: `reset`"
+    ):
+        judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)
+
+
+def test_a_guider_that_is_used_again_remembers_nothing(tiny, decode, guider):
+    judge = guider(accept="topk", top_k=5)
+    first = decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
+    decode(tiny("dream_trained"), [[9] * 30], guider=judge, **OPTIONS)
+    judge.canvas_mask = judge.seen = judge.cache = None
+    again = decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
+    for field in ("sequences", "nfe", "guider_forwards", "drafts_judged", "drafts_accepted"):
+        assert again[field].tolist() == first[field].tolist()
+    assert first.accepted_lengths == again.accepted_lengths
+
+
+def test_the_counts_of_an_output_are_its_own(tiny, decode, guider):
+    judge = guider()
+    first = decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
+    before = (first.guider_forwards.tolist(), [list(lengths) for lengths in first.accepted_lengths])
+    decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
+    assert (first.guider_forwards.tolist(), first.accepted_lengths) == before
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_statistics_add_up(tiny, decode, decided, policy, seed):
+    judge, forwards = decided(random(seed), num_drafts=6), []
+    hook = tiny("guider").register_forward_pre_hook(lambda *_: forwards.append(1))
+    # Rows that wait for each other have nothing to judge then, which is no forced draft: one row at a time.
+    prompts = PROMPTS[:1] if policy.get("window_policy") == "dual" else PROMPTS
+    try:
+        output = decode(tiny("dream_trained"), prompts, guider=judge, **FILLED, **policy)
+    finally:
+        hook.remove()
+    assert len(forwards) == int(output.guider_forwards.max())
+    assert output.guider_forwards.tolist() == output.nfe.tolist()
+    assert [len(lengths) for lengths in output.accepted_lengths] == output.nfe.tolist()
+    forced = torch.tensor([lengths.count(0) for lengths in output.accepted_lengths])
+    assert (output.drafts_accepted + forced).tolist() == [12] * len(prompts)
+    assert output.drafts_accepted.tolist() == [sum(lengths) for lengths in output.accepted_lengths]
+    assert (output.drafts_judged >= output.drafts_accepted).all()
+    assert all(0 <= length <= 6 for lengths in output.accepted_lengths for length in lengths)
+    assert 0 < output.guider_time_share < 1
+
+
+# --- combination, beyond the prefix, gate ----------------------------------------------------------------------------
+
+
+def test_a_union_with_an_unsure_model_is_the_guider_and_with_a_sure_one_accepts_all(tiny, decode, decided):
+    run = lambda decide, **options: decode(  # noqa: E731
+        tiny("dream_trained"), PROMPTS, guider=decided(decide, **options), **FILLED
+    )
+    alone = run(random(3))
+    unsure = run(random(3), combine="union", confidence_threshold=1.0)
+    sure = run(never, combine="union", confidence_threshold=0.0)
+    assert unsure.accepted_lengths == alone.accepted_lengths
+    assert sure.drafts_accepted.tolist() == [12, 12, 12]
+
+
+def test_an_intersection_with_a_sure_model_is_the_guider_and_with_an_unsure_one_accepts_nothing(tiny, decode, decided):
+    run = lambda decide, **options: decode(  # noqa: E731
+        tiny("dream_trained"), PROMPTS, guider=decided(decide, **options), **FILLED
+    )
+    alone = run(random(3))
+    sure = run(random(3), combine="intersection", confidence_threshold=0.0)
+    unsure = run(always, combine="intersection", confidence_threshold=1.0)
+    assert sure.accepted_lengths == alone.accepted_lengths
+    assert unsure.drafts_accepted.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("policy", [dict(window_policy="none"), dict(), dict(window_policy="dual")], ids=str)
+def test_beyond_the_prefix_the_rule_of_the_decode_writes_too(tiny, decode, decided, policy):
+    model = tiny("dream_trained")
+    output = decode(
+        model, PROMPTS, guider=decided(never, beyond_prefix=True), confidence_threshold=0, **FILLED, **policy
+    )
+    # The first draft is forced, the others pass the threshold: a block a step.
+    assert output.nfe.tolist() == [3, 3, 3]
+    plain = decode(model, PROMPTS, confidence_threshold=0, **FILLED, **policy)
+    assert output.sequences.tolist() == plain.sequences.tolist()
+    strict = decode(model, PROMPTS, guider=decided(never, beyond_prefix=True), confidence_threshold=1, **FILLED)
+    assert (strict.nfe >= 3).all()
+
+
+@pytest.mark.parametrize(("decide", "ratio", "closed"), [(always, 0.0, False), (never, 10.0, True)])
+def test_a_gate_closes_where_the_guider_does_not_pay(tiny, decode, decided, decide, ratio, closed):
+    judge = decided(decide, gate="auto", cost_ratio=ratio, num_drafts=2)
+    options = FILLED | dict(max_new_tokens=40, confidence_threshold=1.0)
+    output = decode(tiny("dream_trained"), PROMPTS, guider=judge, **options)
+    assert output.gate_closed_at.tolist() == [8 if closed else -1] * 3
+    asked = torch.tensor([4] * 3) if closed else output.nfe - 4
+    assert output.guider_forwards.tolist() == asked.tolist()
+    assert not (output.sequences == MASK).any()
+
+
+@pytest.mark.parametrize("options", [dict(gate="auto"), dict(beyond_prefix=True), dict(combine="union")], ids=str)
+@pytest.mark.parametrize("policy", [dict(window_policy="none"), dict(), dict(right_window=5)], ids=str)
+def test_a_row_with_these_options_decodes_alone_as_in_a_batch(tiny, decode, guider, options, policy):
+    call = OPTIONS | dict(max_new_tokens=20, eos_token_id=ENDS) | policy
+    batch = decode(tiny("dream_trained"), PROMPTS, guider=guider(**options), **call)
+    for row, prompt in enumerate(PROMPTS):
+        alone = decode(tiny("dream_trained"), [prompt], guider=guider(**options), **call)
+        text, in_batch = alone.sequences[0, len(prompt) :].tolist(), batch.sequences[row, 8:].tolist()
+        assert in_batch == text + [0] * (len(in_batch) - len(text))
+        for field in ("nfe", "guider_forwards", "drafts_judged", "drafts_accepted"):
+            assert batch[field][row] == alone[field][0]

@@ -1,0 +1,584 @@
+"""Export, push to a Hub on loopback, and loading from it in processes where the package cannot be imported."""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData, constants
+from minihub import TOKEN, MiniHub
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
+from transformers.dynamic_module_utils import check_python_requirements
+
+from hf_flashdlm import __version__, hub, make_bidirectional
+from hf_flashdlm.generate import decode, generate
+from hf_flashdlm.hub_cli import add_commands
+
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(hub.__file__).parent
+TINY = PACKAGE / "tiny"
+GOLDENS = Path(__file__).parent / "goldens"
+
+MODEL, GUIDER = "hf-flashdlm/tiny-dlm", "hf-flashdlm/tiny-guider"
+CODE, STRATEGY, LLADA = "hf-flashdlm/flash-dream", "hf-flashdlm/flashdlm", "hf-flashdlm/tiny-llada"
+
+# What the cards name; here the tiny pair stands in for them.
+STAND_INS = {"Dream-org/Dream-v0-Instruct-7B": "dlm", "Qwen/Qwen2.5-1.5B-Instruct": "guider"}
+
+QUESTIONS = [json.loads(line)["question"] for line in (TINY / "problems.jsonl").read_text().splitlines()[:3]]
+
+# Makes the package's absence certain, also where it is installed.
+APART = """
+import sys
+sys.modules["hf_flashdlm"] = None
+import json, torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, pipeline
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """The folder of each kind of repository."""
+    folder = tmp_path_factory.mktemp("exported")
+    shutil.copytree(GOLDENS / "model_llada", folder / "llada")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(TINY / "dlm" / name, folder / "llada" / name)
+    return {
+        MODEL: hub.export_model(str(TINY / "dlm"), folder / "dlm", MODEL, "tiny-dlm"),
+        GUIDER: hub.export_guider(str(TINY / "guider"), folder / "guider", GUIDER, "tiny-guider"),
+        CODE: hub.export_code("Dream", folder / "code", CODE, str(TINY / "dlm")),
+        STRATEGY: hub.export_strategy(folder / "strategy", STRATEGY),
+        LLADA: hub.export_model(str(folder / "llada"), folder / "llada_out", LLADA),
+    }
+
+
+@pytest.fixture(scope="module")
+def minihub():
+    with MiniHub() as minihub, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "ENDPOINT", minihub.url)
+        patch.delenv("HF_TOKEN", raising=False)
+        patch.setattr("hf_flashdlm.hub.get_token", lambda: None)
+        yield minihub
+
+
+@pytest.fixture(scope="module")
+def published(exported, minihub):
+    """The Hub with a repository of each kind, and the ones that stand in."""
+    for repo_id, folder in exported.items():
+        hub.push(folder, repo_id, token=TOKEN)
+    for repo_id, name in STAND_INS.items():
+        minihub.create(repo_id).commit({path.name: path.read_bytes() for path in (TINY / name).iterdir()})
+    return minihub
+
+
+@pytest.fixture(scope="module")
+def run_apart(published, tmp_path_factory):
+    """`run_apart(script)`: the last line that it prints in a new process without the package, read as JSON."""
+    home = tmp_path_factory.mktemp("home")
+    settings = {"HF_HOME": str(home), "HF_ENDPOINT": published.url, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+
+    def run_apart(script):
+        result = subprocess.run(
+            [sys.executable, "-I", "-c", script],
+            cwd=home,
+            env=environment | settings | {"HOME": str(home), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=250,
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return json.loads(result.stdout.splitlines()[-1])
+
+    return run_apart
+
+
+@pytest.fixture(scope="module")
+def batch():
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "dlm")
+    chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
+    texts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
+
+
+@pytest.fixture(scope="module")
+def guider():
+    return AutoModelForCausalLM.from_pretrained(TINY / "guider")
+
+
+@pytest.fixture(scope="module")
+def expected(batch, guider):
+    """What the package decodes."""
+    model = AutoModelForCausalLM.from_pretrained(TINY / "dlm")
+    return model.generate(**batch, guider=guider, return_dict_in_generate=True)
+
+
+@pytest.fixture(scope="module")
+def foreign():
+    """Dream's weights in Transformers' own Qwen2."""
+    model = Qwen2ForCausalLM.from_pretrained(TINY / "dlm")
+    model.config.logits_shift = 1
+    return make_bidirectional(model)
+
+
+def summary(output):
+    return {"kind": type(output).__name__, "nfe": output.nfe.tolist(), "sequences": output.sequences.tolist()}
+
+
+SUMMARY = """
+def summary(output):
+    return {"kind": type(output).__name__, "nfe": output.nfe.tolist(), "sequences": output.sequences.tolist()}
+"""
+
+
+def usage(card):
+    """The code of a card."""
+    return "".join(re.findall(r"```python\n(.*?)```", card, re.DOTALL))
+
+
+# Loading without the package
+
+
+def test_a_model_repository_decodes_a_batch_in_a_pipeline_as_the_package_does(run_apart, exported, batch, expected):
+    answers = run_apart(f"""{APART}{SUMMARY}
+{usage((exported[MODEL] / "README.md").read_text())}
+try:
+    AutoModelForCausalLM.from_pretrained("{MODEL}", trust_remote_code=False)
+except ValueError as error:
+    refusal = str(error)
+generator = pipeline("text-generation", "{MODEL}", revision="{__version__}", trust_remote_code=True)
+guider = AutoModelForCausalLM.from_pretrained("{GUIDER}", revision="{__version__}")
+chats = [[dict(role="user", content=question)] for question in {QUESTIONS!r}]
+answers = generator(chats, batch_size=3, guider=guider, return_tensors=True)
+batch = {{name: torch.tensor(ids) for name, ids in { ({k: v.tolist() for k, v in batch.items()})!r}.items()}}
+llada = AutoModelForCausalLM.from_pretrained("{LLADA}", revision="{__version__}", trust_remote_code=True)
+print(json.dumps({{
+    "refusal": refusal,
+    "module": type(generator.model).__module__,
+    "pipeline": [answer[0]["generated_token_ids"] for answer in answers],
+    "generate": summary(generator.model.generate(**batch, guider=guider, return_dict_in_generate=True)),
+    "llada": summary(llada.generate(torch.arange(20, 28)[None], max_new_tokens=12, return_dict_in_generate=True)),
+}}))
+""")
+    assert "trust_remote_code=True" in answers["refusal"]
+    assert answers["module"].startswith("transformers_modules.")
+    assert answers["pipeline"] == expected.sequences.tolist()
+    assert answers["generate"] == summary(expected)
+    llada = AutoModelForCausalLM.from_pretrained(exported[LLADA])
+    output = llada.generate(torch.arange(20, 28)[None], max_new_tokens=12, return_dict_in_generate=True)
+    assert answers["llada"] == summary(output)
+
+
+def test_a_code_repository_runs_weights_of_another_one(run_apart, exported, batch, expected):
+    answers = run_apart(f"""{APART}{SUMMARY}
+{usage((exported[CODE] / "README.md").read_text())}
+guider = AutoModelForCausalLM.from_pretrained("{GUIDER}")
+batch = {{name: torch.tensor(ids) for name, ids in { ({k: v.tolist() for k, v in batch.items()})!r}.items()}}
+config = AutoConfig.from_pretrained("{CODE}", revision="{__version__}", trust_remote_code=True)
+options = dict(config=config, code_revision="{__version__}", trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained("Dream-org/Dream-v0-Instruct-7B", **options)
+print(json.dumps(summary(model.generate(**batch, guider=guider, return_dict_in_generate=True))))
+""")
+    assert answers == summary(expected)
+
+
+def test_a_strategy_repository_decodes_with_a_foreign_class(run_apart, exported, batch, expected):
+    answers = run_apart(f"""{APART}{SUMMARY}
+{usage((exported[GUIDER] / "README.md").read_text())}
+{usage((exported[STRATEGY] / "README.md").read_text())}
+batch = {{name: torch.tensor(ids) for name, ids in { ({k: v.tolist() for k, v in batch.items()})!r}.items()}}
+options = dict(custom_generate="{STRATEGY}", guider=guider, return_dict_in_generate=True)
+try:
+    model.generate(**batch, **options, trust_remote_code=False)
+except ValueError as error:
+    refusal = str(error)
+options |= dict(revision="{__version__}", trust_remote_code=True)
+by_keyword = model.generate(**batch, **options)
+by_position = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+print(json.dumps(dict(refusal=refusal, answers=[summary(by_keyword), summary(by_position)])))
+""")
+    assert "trust_remote_code=True" in answers["refusal"]
+    assert answers["answers"] == [summary(expected)] * 2
+
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.skipif("## On the Hub" not in README, reason="README.md has no section about the Hub")
+@pytest.mark.parametrize("installed", [False, True])
+def test_the_section_of_the_readme_runs_as_written(run_apart, installed):
+    section = README.partition("## On the Hub\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    blocks = [block for block in blocks if ("hf_flashdlm" in block) == installed]
+    assert blocks
+    path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" if installed else APART
+    assert run_apart(path + "".join(blocks) + "\nprint('[]')") == []
+
+
+# The forms of `custom_generate`, in this process
+
+
+def test_generate_takes_positions_keywords_and_what_the_host_adds(foreign, batch, guider, expected):
+    added = {"revision": "0.1.0", "token": None, "cache_dir": "x", "trust_remote_code": True, "synced_gpus": None}
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    config = GenerationConfig(**foreign.generation_config.to_dict())
+    config.return_dict_in_generate = True
+    for output in (
+        generate(model=foreign, **batch, guider=guider, return_dict_in_generate=True, **added),
+        generate(ids, config, model=foreign, attention_mask=mask, guider=guider),
+        generate(inputs=ids, generation_config=config, model=foreign, attention_mask=mask, guider=guider),
+    ):
+        assert summary(output) == summary(expected)
+        assert not output.sequences.requires_grad
+
+
+def test_the_callable_form_gives_the_same(foreign, batch, guider, expected):
+    options = {"custom_generate": decode, "guider": guider, "return_dict_in_generate": True}
+    assert summary(foreign.generate(**batch, **options)) == summary(expected)
+    assert summary(foreign.generate(**batch, **options, block_length=8)) == summary(expected)
+    assert summary(foreign.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)) == summary(
+        expected
+    )
+    with pytest.raises(ValueError, match="blok_length"):
+        foreign.generate(**batch, **options, blok_length=8)
+
+
+def test_a_model_of_a_strategy_repository_decodes_with_it(exported, batch, guider, expected, tmp_path):
+    folder = shutil.copytree(TINY / "dlm", tmp_path / "with_strategy")
+    shutil.copytree(exported[STRATEGY] / "custom_generate", folder / "custom_generate")
+    model = Qwen2ForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    model.config.logits_shift = 1
+    make_bidirectional(model)
+    assert model.generate.func.__module__.startswith("transformers_modules.")
+    output = model.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], guider=guider, return_dict_in_generate=True
+    )
+    assert summary(output) == summary(expected)
+    # Another strategy takes precedence.
+    assert summary(model.generate(**batch, guider=guider, return_dict_in_generate=True, custom_generate=decode)) == (
+        summary(expected)
+    )
+
+
+# What is in a repository
+
+
+def test_the_source_files_are_those_of_the_package_byte_for_byte(exported):
+    seen = set()
+    for folder in exported.values():
+        for path in folder.rglob("*.py"):
+            assert path.read_bytes() == (PACKAGE / path.name).read_bytes()
+            seen.add(path.name)
+    assert {"generate.py", "modeling_llada.py", "modeling_dream.py", "generation.py", "denoising.py"} <= seen
+    assert not seen & {"hub.py", "cli.py", "__init__.py"}
+
+
+def test_weights_names_and_options_are_kept(exported):
+    for repo_id, source in ((MODEL, TINY / "dlm"), (GUIDER, TINY / "guider"), (LLADA, GOLDENS / "model_llada")):
+        assert (exported[repo_id] / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+    config = json.loads((exported[MODEL] / "config.json").read_text())
+    model = "modeling_dream.DreamModel"
+    assert config["auto_map"] == {
+        "AutoConfig": "configuration_dream.DreamConfig",
+        "AutoModel": model,
+        "AutoModelForCausalLM": model,
+        "AutoModelForMaskedLM": model,
+    }
+    assert hasattr(transformers, config["architectures"][0])  # or `transformers serve` cannot load it
+    options = json.loads((exported[MODEL] / "generation_config.json").read_text())
+    assert (options["block_length"], options["max_new_tokens"], options["do_sample"]) == (8, 64, False)
+    code = json.loads((exported[CODE] / "config.json").read_text())
+    assert all(value.startswith(f"{CODE}--") for value in code["auto_map"].values())
+    assert not list(exported[CODE].glob("*.safetensors"))
+
+
+def test_options_survive_a_config_that_the_host_derived(tmp_path):
+    source = shutil.copytree(TINY / "dlm", tmp_path / "source")
+    derived = {"_from_model_config": True, "block_length": 4, "eos_token_id": 0}
+    (source / "generation_config.json").write_text(json.dumps(derived))
+    folder = hub.export_model(str(source), tmp_path / "out", "o/n")
+    options = GenerationConfig.from_pretrained(folder)
+    assert (options.block_length, options.mask_token_id, options.do_sample) == (4, 1, False)
+
+
+def test_shards_are_kept(tmp_path):
+    source = tmp_path / "source"
+    AutoModelForCausalLM.from_pretrained(TINY / "dlm").save_pretrained(source, max_shard_size="1MB")
+    AutoTokenizer.from_pretrained(TINY / "dlm").save_pretrained(source)
+    folder = hub.export_model(str(source), tmp_path / "out", "o/n")
+    names = sorted(path.name for path in source.glob("model*"))
+    assert len(names) > 2
+    for name in names:
+        assert (folder / name).read_bytes() == (source / name).read_bytes()
+    (source / names[0]).unlink()
+    with pytest.raises(ValueError, match=f"has no {names[0]}"):
+        hub.export_model(str(source), tmp_path / "other", "o/n")
+
+
+def test_the_tokenizer_of_dream_is_saved_as_qwen2s(tmp_path):
+    source = shutil.copytree(TINY / "dlm", tmp_path / "source")
+    settings = json.loads((source / "tokenizer_config.json").read_text()) | {
+        "tokenizer_class": "DreamTokenizer",
+        "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+    }
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    saved = json.loads((hub.export_model(str(source), tmp_path / "out", "o/n") / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"].startswith("Qwen2Tokenizer")
+    assert "auto_map" not in saved and saved["padding_side"] == "left"
+
+
+def test_the_host_reads_the_requirements(exported, monkeypatch):
+    check_python_requirements(exported[STRATEGY], "custom_generate/requirements.txt")
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: {"torch": "2.6", "transformers": "5.17.0"}[name])
+        with pytest.raises(ImportError, match=r"transformers>=5.18 \(installed: 5.17.0\)"):
+            check_python_requirements(exported[STRATEGY], "custom_generate/requirements.txt")
+    stated = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    for requirement in hub.REQUIREMENTS:
+        assert f'"{requirement}"' in stated
+
+
+# Cards
+
+
+CARDS = sorted(path.stem for path in (ROOT / "model_cards").glob("[!_R]*.md"))
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_a_card_is_valid(card, tmp_path):
+    hub._save_card(tmp_path, card, "o/n", None, **({"model_type": "Dream"} if card == "code" else {}))
+    content = (tmp_path / "README.md").read_text(encoding="utf-8")
+    data = ModelCard(content).data
+    assert isinstance(data, ModelCardData)
+    fields = data.to_dict()
+    assert (fields["library_name"], fields["pipeline_tag"]) == ("transformers", "text-generation")
+    assert set(fields) <= {"library_name", "pipeline_tag", "license", "language", "base_model", "tags"}
+    assert ("custom_generate" in fields["tags"]) == (card == "strategy")
+    assert ("custom_code" in fields["tags"]) == (card not in ("strategy", "guider", "tiny-guider"))
+    papers = {tag.removeprefix("arxiv:") for tag in fields["tags"] if tag.startswith("arxiv:")}
+    assert papers <= set(re.findall(r"arxiv\.org/abs/([\d.]+)", content)) and "2505.21467" in papers
+    for word in ("## Usage", "rguments", "utputs", "imits"):
+        assert word in content
+    assert "{{" not in content and "\n\n\n" not in content
+    compile(usage(content), card, "exec")
+
+
+def test_cards_of_checkpoints_are_found_by_their_names(tmp_path):
+    assert hub._card_of("GSAI-ML/LLaDA-1.5") == "llada-1.5"
+    assert hub._card_of("Dream-org/Dream-v0-Instruct-7B/") == "dream-v0-instruct-7b"
+    assert hub._card_of("o/unheard-of") == "model"
+    for checkpoint, license in (
+        ("GSAI-ML/LLaDA-8B-Instruct", "mit"),
+        ("Dream-org/Dream-v0-Instruct-7B", "apache-2.0"),
+    ):
+        hub._save_card(tmp_path, hub._card_of(checkpoint), "o/n", checkpoint)
+        data = ModelCard.load(tmp_path / "README.md").data
+        assert (data.license, data.base_model) == (license, [checkpoint])
+
+
+def test_numbers_of_cards_come_from_the_results(exported):
+    results = json.loads((ROOT / "examples" / "tiny" / "results.json").read_text())
+    card = (exported[MODEL] / "README.md").read_text()
+    for score in (value for name, value in results["scores"].items() if name != "guider alone"):
+        assert f"| {score['exact_match']} | {score['nfe']} |" in card
+    assert f"{results['parameters']['dlm']:,} parameters" in card
+
+
+# Pushing
+
+
+def test_a_push_is_one_commit_with_a_tag(published, exported):
+    for repo_id, folder in exported.items():
+        repository = published.repositories[repo_id]
+        assert len(repository.commits) == 2  # the one of the creation is empty
+        assert {name: len(content) for name, content in repository.files(__version__).items()} == hub.list_files(
+            folder
+        )
+
+
+def test_nothing_hidden_goes_up(exported, minihub, tmp_path):
+    folder = shutil.copytree(exported[STRATEGY], tmp_path / "strategy")
+    for name in (".env", ".git/config", "custom_generate/__pycache__/cache.pyc"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("secret")
+    assert hub.list_files(folder) == hub.list_files(exported[STRATEGY])
+    hub.push(folder, "o/hidden", private=True, token=TOKEN)
+    assert set(minihub.repositories["o/hidden"].files()) == set(hub.list_files(folder))
+    assert minihub.repositories["o/hidden"].private
+
+
+def test_a_token_is_needed_and_has_to_be_right(exported, minihub):
+    with pytest.raises(ValueError, match="a token is needed to push and there is none: run `hf auth login`"):
+        hub.push(exported[STRATEGY], "o/token")
+    with pytest.raises(ValueError, match="the Hub refused the token for o/token"):
+        hub.push(exported[STRATEGY], "o/token", token="hf_wrong")
+    assert "o/token" not in minihub.repositories
+
+
+def test_an_interrupted_push_leaves_nothing_and_can_be_repeated(exported, minihub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries several times by itself
+    minihub.broken.add("o/broken")
+    with pytest.raises(ValueError, match=r"the upload to o/broken broke off .*: run the same command again"):
+        hub.push(exported[STRATEGY], "o/broken", token=TOKEN)
+    repository = minihub.repositories["o/broken"]
+    assert (repository.files(), repository.tags) == ({}, {})
+    minihub.broken.clear()
+    assert hub.push(exported[STRATEGY], "o/broken", token=TOKEN).endswith(f"/o/broken/tree/{__version__}")
+    assert set(repository.files(__version__)) == set(hub.list_files(exported[STRATEGY]))
+
+
+def test_a_push_that_broke_off_before_its_tag_is_completed(exported, minihub):
+    hub.push(exported[STRATEGY], "o/untagged", token=TOKEN)
+    repository = minihub.repositories["o/untagged"]
+    commits, repository.tags = dict(repository.commits), {}
+    hub.push(exported[STRATEGY], "o/untagged", token=TOKEN)
+    assert repository.commits == commits and repository.tags == {__version__: repository.branches["main"]}
+
+
+def test_a_tag_is_not_moved(exported, published):
+    before = dict(published.repositories[STRATEGY].tags)
+    with pytest.raises(ValueError, match=f"`tag` must be new, got '{__version__}', which {STRATEGY} has already"):
+        hub.push(exported[STRATEGY], STRATEGY, token=TOKEN)
+    assert published.repositories[STRATEGY].tags == before
+    hub.push(exported[STRATEGY], STRATEGY, token=TOKEN, tag="later")
+    assert published.repositories[STRATEGY].tags["later"] == before[__version__]
+
+
+def test_a_hub_that_is_not_there_or_refuses_is_one_sentence(exported, minihub, monkeypatch):
+    def push():
+        hub.push(exported[STRATEGY], "o/away", token=TOKEN)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(ValueError, match="the Hub cannot be reached in offline mode: unset `HF_HUB_OFFLINE`"):
+            push()
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with pytest.raises(ValueError, match="the upload to o/away broke off"):
+            push()
+    monkeypatch.setattr(constants, "ENDPOINT", minihub.url + "/nowhere")
+    with pytest.raises(ValueError, match="the Hub refused the push to o/away with status 404"):
+        push()
+
+
+@pytest.mark.parametrize("repo_id", ["name", "a/b/c", "o/na me", ""])
+def test_a_repository_has_an_organization_and_a_name(repo_id, tmp_path):
+    for call in (
+        lambda: hub.push(tmp_path, repo_id, token=TOKEN),
+        lambda: hub.export_strategy(tmp_path / "out", repo_id),
+    ):
+        with pytest.raises(ValueError, match="`repo_id` must have the form organization/name, got"):
+            call()
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "name"),
+    [
+        (MODEL, "README.md"),
+        (MODEL, "config.json"),
+        (MODEL, "model.safetensors"),
+        (MODEL, "tokenizer_config.json"),
+        (MODEL, "denoising.py"),
+        (CODE, "modeling_dream.py"),
+        (GUIDER, "model.safetensors"),
+        (STRATEGY, "custom_generate/generate.py"),
+        (STRATEGY, "custom_generate/requirements.txt"),
+        (STRATEGY, "custom_generate/cache.py"),
+    ],
+)
+def test_an_incomplete_folder_is_not_pushed(exported, tmp_path, repo_id, name):
+    folder = shutil.copytree(exported[repo_id], tmp_path / "folder")
+    (folder / name).unlink()
+    with pytest.raises(ValueError, match=f"has no {name}"):
+        hub.push(folder, "o/n", token=TOKEN)
+
+
+# Exporting what cannot be
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    return shutil.copytree(TINY / "dlm", tmp_path / "checkpoint")
+
+
+def test_checkpoints_that_do_not_fit_are_refused(checkpoint, minihub, tmp_path):
+    def refused(match, function, *args):
+        with pytest.raises(ValueError, match=match):
+            function(*args)
+        assert not (tmp_path / "out").exists()
+
+    def export(path, *more):
+        return (hub.export_model, str(path), tmp_path / "out", "o/n", *more)
+
+    refused("`checkpoint` must be a diffusion model of type 'llada' or 'Dream', got 'llama'", *export(TINY / "guider"))
+    refused("must be a folder or a repository that can be downloaded, got 'o/absent'", *export("o/absent"))
+    refused("must be an autoregressive model", hub.export_guider, str(checkpoint), tmp_path / "out", "o/n")
+    refused("`model_type` must be 'llada' or 'Dream', got 'gpt2'", hub.export_code, "gpt2", tmp_path / "out", "o/n")
+    refused("must be of type 'llada', got 'Dream'", hub.export_code, "llada", tmp_path / "out", "o/n", str(checkpoint))
+    weights = load_file(checkpoint / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, checkpoint / "model.safetensors")
+    refused("must have all weights of DreamModel, but .* lacks 1 of them, lm_head.weight first", *export(checkpoint))
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    refused("must have its weights as safetensors, but .* has no model.safetensors", *export(checkpoint))
+    shutil.copyfile(TINY / "dlm" / "model.safetensors", checkpoint / "model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (checkpoint / name).unlink()
+    refused("must have a tokenizer, which .* has not", *export(checkpoint))
+    (checkpoint / "config.json").unlink()
+    refused("must have a config.json, which .* has not", *export(checkpoint))
+
+
+def test_folders_and_cards_that_do_not_fit_are_refused(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="`directory` must be new or empty"):
+        hub.export_strategy(checkpoint, "o/n")
+    with pytest.raises(ValueError, match="`directory` must be new or empty"):
+        hub.export_strategy(checkpoint / "config.json", "o/n")
+    with pytest.raises(ValueError, match="`card` must be one of code, .*, tiny-guider, got 'none'"):
+        hub.export_model(str(checkpoint), tmp_path / "out", "o/n", "none")
+
+
+# The command line
+
+
+def test_the_commands_export_and_list(tmp_path, capsys):
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+
+    def run(*words):
+        args = parser.parse_args(list(map(str, words)))
+        args.run(args)
+        return capsys.readouterr().out
+
+    written = run("export", "model", MODEL, tmp_path / "dlm", "--checkpoint", TINY / "dlm", "--card", "tiny-dlm")
+    assert "2.7 MB  model.safetensors\n" in written and f"flashdlm push {tmp_path / 'dlm'} {MODEL}\n" in written
+    run("export", "guider", GUIDER, tmp_path / "guider", "--checkpoint", TINY / "guider")
+    run("export", "code", "o/flash-llada", tmp_path / "code", "--model-type", "llada")
+    assert (tmp_path / "code" / "modeling_llada.py").is_file()
+    run("export", "strategy", STRATEGY, tmp_path / "strategy")
+    listed = run("push", tmp_path / "strategy", STRATEGY, "--dry-run", "--private")
+    files = hub.list_files(tmp_path / "strategy")
+    assert all(f"  {name}\n" in listed for name in files) and f"in {len(files)} files\n" in listed
+
+
+def test_the_command_pushes(exported, minihub, monkeypatch, capsys):
+    monkeypatch.setattr("hf_flashdlm.hub.get_token", lambda: TOKEN)
+    parser = argparse.ArgumentParser()
+    add_commands(parser.add_subparsers())
+    args = parser.parse_args(["push", str(exported[STRATEGY]), "o/command", "--private", "--tag", "v9"])
+    args.run(args)
+    assert capsys.readouterr().out == f"{minihub.url}/o/command/tree/v9\n"
+    assert minihub.repositories["o/command"].private and "v9" in minihub.repositories["o/command"].tags
