@@ -1,20 +1,36 @@
 # `make demo` and `make test` set up everything they need in `.venv`, once. `make style` fixes, `make check` only looks.
+# Arguments for the demonstration: make demo ARGS="--problems 200 --repeats 3".
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 
-.PHONY: demo test test-slow style check clean
+# Threads that wait do not spin: a busy machine would pay for it many times over.
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: demo test test-slow test-versions style check clean
 
 demo: $(READY)
-	$(BIN)/flashdlm demo
+	$(BIN)/flashdlm demo $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# The host's versions we support: the floor and the newest.
+VERSIONS ?= 5.18.0 5.23.0
+test-versions: $(VERSIONS:%=.venv-%/ready)
+	for version in $(VERSIONS); do .venv-$$version/bin/python -m pytest -n 2 || exit 1; done
+
+.venv-%/ready: tests/requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv-$*
+	sed 's/^transformers==.*/transformers==$*/' tests/requirements.txt > .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet -r .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
 
 style: $(READY)
 	$(BIN)/ruff check --fix

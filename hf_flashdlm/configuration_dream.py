@@ -5,6 +5,10 @@ settings or tokenizers.
 """
 
 from transformers import Qwen2Config
+from transformers.utils.versions import require_version
+
+
+require_version("transformers>=5.18", "hf_flashdlm needs it: `pip install -U transformers`.")
 
 
 class DreamConfig(Qwen2Config):

@@ -6,6 +6,10 @@ Owns the sizes of the architecture, the ids of its special tokens and the refusa
 
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.versions import require_version
+
+
+require_version("transformers>=5.18", "hf_flashdlm needs it: `pip install -U transformers`.")
 
 
 # The original code can build other architectures out of the same fields; every released LLaDA has these values.

@@ -195,6 +195,8 @@ def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> Diffusi
         inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): As `input_ids`.
         kwargs: As of `generate`.
     """
+    if isinstance(model, FlashDLMGenerationMixin):
+        return type(model).generate(model, inputs, **kwargs)  # not `model.generate`, which may be a strategy's
     kind = type(f"FlashDLM{type(model).__name__}", (FlashDLMGenerationMixin, type(model)), {})
     view = kind.__new__(kind)
     view.__dict__ = model.__dict__  # the same weights and configs under a class whose hooks are ours

@@ -15,6 +15,7 @@ from .unmasking import draft
 
 
 ACCEPTANCE_RULES = ("top1", "topk", "topk_relative")
+PADDING = 256  # two models with one tokenizer may round the size of its vocabulary up differently
 COMBINATIONS = ("union", "intersection")
 
 
@@ -62,11 +63,11 @@ class ARReader(LogitsProcessor):
             ValueError: If the guider has another vocabulary.
         """
         vocab_size = diffusion_model.config.get_text_config().vocab_size
-        guider_vocab_size = self.model.config.get_text_config().vocab_size
-        if guider_vocab_size != vocab_size and not self.shares_vocabulary:
+        self.vocab_size = self.model.config.get_text_config().vocab_size
+        if abs(self.vocab_size - vocab_size) > min(PADDING, vocab_size // 100) and not self.shares_vocabulary:
             raise ValueError(
                 f"`guider` must share the diffusion model's vocabulary of {vocab_size} tokens, got one of "
-                f"{guider_vocab_size}: pass both tokenizers, `ARGuider(model, tokenizer=..., canvas_tokenizer=...)`."
+                f"{self.vocab_size}: pass both tokenizers, `ARGuider(model, tokenizer=..., canvas_tokenizer=...)`."
             )
         self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
         self.canvas_mask = canvas_mask.to(self.model.device)
@@ -127,6 +128,7 @@ class ARReader(LogitsProcessor):
         current = input_ids.gather(1, on_canvas)
         drafted = torch.where(current == self.mask_token_id, drafts, current)
         canvas = input_ids.scatter(1, on_canvas, drafted).to(self.canvas_mask.device)
+        canvas = canvas.clamp_max(self.vocab_size - 1)  # what the guider does not know it cannot accept
         start = max(self.committed - 1, 0)
         stop = max(int(positions.max()), start + 1)
         if not torch.equal(self.seen[:, :start], canvas[:, :start]):
@@ -400,6 +402,8 @@ class ProductMixture(ARReader):
 
     def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
         drafts, _ = draft(scores, self.mask_token_id, self.temperature, self.generator)
-        read = self._read(input_ids, drafts, positions, frontier).float().log_softmax(-1)
+        read = self._read(input_ids, drafts, positions, frontier).float()
+        missing = scores.shape[-1] - read.shape[-1]  # cuts where negative
+        read = torch.nn.functional.pad(read, (0, missing), value=-torch.inf).log_softmax(-1)
         mixed = self.weight * scores.log_softmax(-1) + (1 - self.weight) * read
         return mixed.masked_fill(scores == -torch.inf, -torch.inf)  # what a processor forbids stays forbidden

@@ -15,7 +15,6 @@ from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
 from hf_flashdlm.machine import Ceilings, CostModel, Forward, Probe, commit, peak_memory
 from hf_flashdlm.measuring import Recipe, Run, format_table
-from hf_flashdlm.plots import frontier
 
 
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
@@ -170,6 +169,7 @@ def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, c
 
 
 def test_the_plots_are_written(bench, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "Agg")
     bench(*SHORT, "--methods", "plain,guided", "--plot", str(tmp_path / "bench.png"))
     short = settings(8, 8, ["guider"])[:6]
@@ -179,6 +179,9 @@ def test_the_plots_are_written(bench, tmp_path, monkeypatch):
 
 
 def test_the_frontier_holds_what_nothing_beats():
+    pytest.importorskip("matplotlib")
+    from hf_flashdlm.plots import frontier
+
     rows = [dict(nfe=nfe, accuracy=accuracy) for nfe, accuracy in ((8, 0.9), (4, 0.5), (6, 0.4), (9, 0.9), (4, 0.6))]
     assert frontier(rows) == [dict(nfe=4, accuracy=0.6), dict(nfe=8, accuracy=0.9)]
 
@@ -322,7 +325,12 @@ def test_a_reference_without_methods_and_uneven_prompts_are_refused(bench, tmp_p
 
 
 def test_plots_without_matplotlib_are_refused(bench, tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark.importlib.util, "find_spec", lambda name: None)
+    find_spec = benchmark.importlib.util.find_spec
+    monkeypatch.setattr(
+        benchmark.importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest),
+    )
     with pytest.raises(ValueError, match="needs matplotlib"):
         bench(*SHORT, "--plot", str(tmp_path / "a.png"))
 
@@ -335,7 +343,7 @@ def test_help_names_every_option(capsys):
     printed = capsys.readouterr().out.partition("options:")[2]
     for name in (
         "model config random-weights guider prompt-length new-tokens block-length problems batch-size methods "
-        "reference repeats threads dtype device seed ablate guiders json show plot"
+        "fill-canvas reference repeats threads dtype device seed ablate guiders json show plot"
     ).split():
         assert f"--{name}" in printed
 
@@ -343,6 +351,7 @@ def test_help_names_every_option(capsys):
 def test_threads_and_recipe_defaults(bench, monkeypatch, capsys):
     seen = []
     monkeypatch.setattr(torch, "set_num_threads", seen.append)
-    bench(*SHORT, "--methods", "plain", "--threads", "2")
+    bench(*SHORT, "--methods", "plain-eos", "--threads", "2", "--fill-canvas")
+    assert " 8.0 " in capsys.readouterr().out
     assert seen == [2]
     assert Recipe("a") == Recipe("a", {}, None, {}, None, True)

@@ -2,16 +2,18 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
 from hf_flashdlm.demo import TINY
-from hf_flashdlm.prompting import MAX_NEW_TOKENS, Checkpoint, load_guider
+from hf_flashdlm.prompting import MAX_NEW_TOKENS, Checkpoint
 
 
 QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does Adam have now?"
+GOLDENS = Path(__file__).parent / "goldens"
 SHORT = {"max_new_tokens": 16, "block_length": 8}
 
 
@@ -94,7 +96,7 @@ def test_a_file_gets_the_same_text_without_control_codes(checkpoint, capsys):
 
 
 def test_a_guider_is_an_autoregressive_model(checkpoint):
-    guider = load_guider(str(TINY / "guider"), "cpu", "float32")
+    guider = checkpoint.load_guider(str(TINY / "guider"), "cpu", "float32")
     output = checkpoint.continue_prompts([QUESTION], SHORT | {"guider": guider}).output
     assert int(output.guider_forwards) == int(output.nfe) > 0
 
@@ -115,8 +117,8 @@ def test_a_tokenizer_without_padding_pads_with_its_end_token(tmp_path):
 
 @pytest.mark.parametrize("option", ["--model", "--guider"])
 @pytest.mark.parametrize("name", ["/no/such/folder", "./no-such-folder", "no-such-owner/no-such-repository"])
-def test_a_name_that_leads_nowhere_is_refused(option, name):
-    load = {"--model": Checkpoint.load, "--guider": load_guider}[option]
+def test_a_name_that_leads_nowhere_is_refused(checkpoint, option, name):
+    load = {"--model": Checkpoint.load, "--guider": checkpoint.load_guider}[option]
     with pytest.raises(
         ValueError, match=f"`{option}` must be a folder with a checkpoint or a Hub repository, got"
     ) as e:
@@ -130,12 +132,12 @@ def test_an_autoregressive_model_is_no_diffusion_model():
         Checkpoint.load(str(TINY / "guider"))
 
 
-def test_a_diffusion_model_or_a_translator_is_no_guider(tmp_path):
+def test_a_diffusion_model_or_a_translator_is_no_guider(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="`--guider` must be an autoregressive language model, got type 'Dream'"):
-        load_guider(str(TINY / "dlm"))
+        checkpoint.load_guider(str(TINY / "dlm"))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ValueError, match="`--guider` must be an autoregressive language model, got type 't5'"):
-        load_guider(str(tmp_path))
+        checkpoint.load_guider(str(tmp_path))
 
 
 def test_a_folder_without_weights_is_refused(tmp_path):
@@ -146,8 +148,13 @@ def test_a_folder_without_weights_is_refused(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     folder = partial_copy(tmp_path, "config.json", "generation_config.json", "model.safetensors")
-    with pytest.raises(ValueError, match="`--model` must have a tokenizer, got"):
+    with pytest.raises(ValueError, match="`--model` must have a tokenizer, got .*: it has no vocabulary."):
         Checkpoint.load(folder)
+
+
+def test_a_checkpoint_saved_without_its_tokenizer_is_refused():
+    with pytest.raises(ValueError, match="`--model` must have a tokenizer, got .*model_llada': Couldn't instantiate"):
+        Checkpoint.load(str(GOLDENS / "model_llada"))
 
 
 @pytest.mark.parametrize(

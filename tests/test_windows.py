@@ -194,7 +194,7 @@ class RandomDenoiser:
 
 
 class NoProcessors:
-    def __call__(self, canvas, scores, positions, frontier):
+    def __call__(self, canvas, scores, **where):
         return scores
 
     def batch_select_indices(self, indices):

@@ -1,0 +1,158 @@
+"""The settings that `flashdlm bench --ablate` measures, a line each.
+
+Owns the parts of a decode, what is put together of them, and the values that are tried. Knows nothing of models, or of
+how a setting is measured.
+"""
+
+from dataclasses import dataclass
+
+from .measuring import Recipe
+
+
+# The parts, and what they ask of `generate` and of the guider.
+PARTS = {
+    "EOS": ({"stop_at_eos": True}, {}),
+    "FreeCache": ({"window_policy": "freecache"}, {}),
+    "window": ({"right_window": 16}, {}),
+    "threshold": ({"confidence_threshold": 0.9}, {}),
+    "guider": ({}, {}),
+    "union": ({}, {"combine": "union"}),
+    "intersection": ({}, {"combine": "intersection", "confidence_threshold": 0.7}),
+    "beyond": ({}, {"beyond_prefix": True}),
+}
+# What is put together. The window is FreeCache's; the last three are the guider's, which takes the place of
+# the threshold where it judges, while "beyond" leaves the drafts behind the first refused one to it.
+COMBINATIONS = (
+    "",
+    "EOS",
+    "FreeCache",
+    "FreeCache window",
+    "threshold",
+    "guider",
+    "guider union",
+    "guider beyond",
+    "EOS FreeCache",
+    "EOS FreeCache window",
+    "EOS threshold",
+    "EOS FreeCache threshold",
+    "EOS FreeCache window threshold",
+    "EOS guider",
+    "EOS guider union",
+    "EOS guider beyond",
+    "EOS guider union beyond",
+    "EOS guider intersection",
+    "EOS FreeCache guider",
+    "EOS FreeCache window guider",
+    "EOS FreeCache guider intersection",
+    "EOS FreeCache window guider union",
+    "EOS FreeCache window guider intersection",
+    "EOS FreeCache window guider beyond",
+    "EOS FreeCache guider union beyond",
+    "EOS FreeCache guider intersection beyond",
+    "FreeCache window guider union beyond",
+    "EOS FreeCache window guider union beyond",
+)
+BLOCK_LENGTHS = (1, 4, 8, 16, 64)
+RIGHT_WINDOWS = (8, 16, 32)
+TOP_KS = (1, 2, 3, 5)
+RELATIVE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
+LOW_THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8)
+RULES = {"top1": {"accept": "top1"}, "topk 5": {"accept": "topk", "top_k": 5}, "relative": {}}
+NUM_DRAFTS = (4, 8, 16, 32, 64)
+THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A row of the table: its `group`, and the `recipe` under the name it has there."""
+
+    group: str
+    recipe: Recipe
+
+    def entry(self) -> dict:
+        """Its part of a row. A plain order writes one token per forward and keeps no states."""
+        options = self.recipe.options
+        is_plain = "steps" in options and options["window_policy"] == "none"
+        names = {"group": self.group, "name": self.recipe.name, "is_plain": is_plain}
+        return names | {"options": options, "guider": self.recipe.guider, "rule": self.recipe.rule}
+
+
+def combine(parts: str, block_length: int, new_tokens: int, guider: str) -> Recipe:
+    """The recipe of a combination of `PARTS`."""
+    names = parts.split()
+    options = {"block_length": block_length, "window_policy": "none", "stop_at_eos": False}
+    rule = {}
+    for name in names:
+        options |= PARTS[name][0]
+        rule |= PARTS[name][1]
+    if "guider" not in names and "threshold" not in names:
+        options["steps"] = new_tokens
+    return Recipe(" + ".join(names) or "plain", options, guider if "guider" in names else None, rule)
+
+
+def settings(new_tokens: int, block_length: int, guiders: list[str]) -> list[Setting]:
+    r"""
+    The table.
+
+    Args:
+        new_tokens (`int`): Length of the canvas behind the prompt.
+        block_length (`int`): Where it is not the setting's own.
+        guiders (`list[str]`): Names of the guiders; the first judges where their size is not the question.
+    """
+
+    def setting(group: str, name: str, parts: str, options=None, rule=None, guider: str = guiders[0]) -> Setting:
+        recipe = combine(parts, block_length, new_tokens, guider)
+        options, rule = recipe.options | (options or {}), recipe.rule | (rule or {})
+        return Setting(group, Recipe(name or recipe.name, options, recipe.guider, rule))
+
+    return [
+        *(setting("parts", "", parts) for parts in COMBINATIONS),
+        *(setting(*row) for row in block_rows(new_tokens)),
+        *(setting(*row) for row in rule_rows()),
+        *(setting(*row, guider=name) for name in guiders for row in size_rows(name)),
+    ]
+
+
+def block_rows(new_tokens: int):
+    """Group, name, parts and options of the settings of the windows."""
+    for length in (one for one in BLOCK_LENGTHS if one <= new_tokens):
+        block = {"block_length": length}
+        yield "plain order", f"plain, block {length}", "EOS", block
+        yield "block length", f"FreeCache, block {length}", "EOS FreeCache", block
+        if length > 1:
+            yield "block length", f"threshold, block {length}", "EOS FreeCache threshold", block
+            yield "block length", f"beyond, block {length}", "EOS FreeCache guider beyond", block
+            yield "block length", f"union + beyond, block {length}", "EOS FreeCache guider union beyond", block
+    for width in RIGHT_WINDOWS:
+        window = {"right_window": width}
+        yield "right window", f"threshold, window {width}", "EOS FreeCache window threshold", window
+        yield "right window", f"guider, window {width}", "EOS FreeCache window guider", window
+
+
+def rule_rows():
+    """Group, name, parts, options and rule of the settings of what is written."""
+    judged = "EOS FreeCache guider"
+    for sure in THRESHOLDS:
+        rule = {"confidence_threshold": sure}
+        yield "threshold", f"threshold {sure}", "EOS FreeCache threshold", rule
+        yield "threshold", f"union {sure}", judged + " union", {}, rule
+        yield "threshold", f"intersection {sure}", judged + " intersection", {}, rule
+    for sure in LOW_THRESHOLDS:
+        for name, rule in RULES.items():
+            both = rule | {"combine": "intersection", "confidence_threshold": sure}
+            yield "intersection", f"{name}, both {sure}", judged, {}, both
+            yield "intersection", f"{name}, both {sure}, window 32", judged, {"right_window": 32}, both
+    for top_k in TOP_KS:
+        yield "k", f"topk, k {top_k}", judged, {}, {"accept": "topk", "top_k": top_k}
+    for tau in RELATIVE_THRESHOLDS:
+        yield "tau", f"topk_relative, k 2, tau {tau}", judged, {}, {"relative_threshold": tau}
+    for drafts in NUM_DRAFTS:
+        yield "V", f"V {drafts}", judged, {}, {"num_drafts": drafts}
+    for parts in ("guider", "guider union"):
+        yield "gate", f"{parts}, gate", f"EOS FreeCache {parts}", {}, {"gate": "auto"}
+
+
+def size_rows(guider: str):
+    """Group, name and parts of the settings of one guider."""
+    for parts in ("guider", "guider union", "guider union beyond"):
+        yield "guider size", f"{guider}: {parts.replace(' ', ' + ')}", f"EOS FreeCache {parts}"

@@ -1,0 +1,185 @@
+"""The command line: `flashdlm generate`, `flashdlm demo`, `flashdlm bench`, `flashdlm export`
+and `flashdlm push`.
+
+Owns the arguments, what goes to which stream, and the exit codes: 0, 2 with one sentence on standard error for a
+mistake of the user's, 130 after an interrupt. Knows nothing of checkpoints or of how decoding works.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers.utils import logging
+
+from . import __version__
+from .benchmark import add_commands as add_bench
+from .demo import Settings, run_demo
+from .generation_config import WINDOW_POLICIES
+from .hub_cli import add_commands
+from .prompting import MAX_NEW_TOKENS, Checkpoint, Continuation
+
+
+# Options of `flashdlm generate` that are keywords of `generate`.
+DECODING_OPTIONS = ("max_new_tokens", "block_length", "steps", "confidence_threshold", "window_policy", "temperature")
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised, not printed below the usage."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line on `argv`, by default the program's own arguments; returns the exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+        args.run(args)
+    except ValueError as error:
+        print(f"flashdlm: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all sub-commands."""
+    parser = Parser(prog="flashdlm", description="Fast decoding of masked diffusion language models.")
+    parser.add_argument("--version", action="version", version=f"flashdlm {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add_generate(commands)
+    add_demo(commands)
+    add_bench(commands)
+    add_commands(commands)
+    return parser
+
+
+def add_generate(commands) -> None:
+    """The arguments of `flashdlm generate`."""
+    about = "Continue prompts with a LLaDA or Dream checkpoint. What is not given here is as the checkpoint says."
+    parser = commands.add_parser(
+        "generate", help="continue prompts with a LLaDA or Dream checkpoint", description=about
+    )
+    parser.set_defaults(run=generate)
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR_OR_ID", help="the diffusion model: a folder or a Hub repository")
+    add("--guider", metavar="DIR_OR_ID", help="an autoregressive model that judges the drafts")
+    add("--prompt", action="append", metavar="TEXT", help="can be repeated; without it, standard input is the prompt")
+    length = f"tokens to generate (default: the checkpoint's number, else {MAX_NEW_TOKENS})"
+    add("--max-new-tokens", type=int, metavar="N", help=length)
+    add("--block-length", type=int, metavar="N", help="tokens of a block; blocks are unmasked one after another")
+    add("--steps", type=int, metavar="N", help="a fixed number of denoising steps, spread over the tokens")
+    add("--confidence-threshold", type=float, metavar="P", help="instead of --steps: write every token this probable")
+    add("--window-policy", metavar="NAME", help=f"what a step recomputes: {', '.join(WINDOW_POLICIES)}")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely tokens, more draws them")
+    add("--seed", type=int, metavar="N", help="seed of the draw")
+    add("--dtype", default="auto", metavar="NAME", help="of the weights, such as bfloat16 (default: as saved)")
+    add(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="such as cpu or cuda:0 (default: an accelerator if there is one)",
+    )
+    add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
+    add("--stream", action="store_true", help="show each text while it forms")
+    add("--stats", action="store_true", help="print forwards and seconds to standard error")
+
+
+def add_demo(commands) -> None:
+    """The arguments of `flashdlm demo`."""
+    about = "Decode held-out word problems with the embedded pair of models: a few in view, then many, measured."
+    parser = commands.add_parser("demo", help="see and measure decoding with the embedded pair", description=about)
+    parser.set_defaults(run=demo)
+    defaults = Settings()
+
+    def add(option: str, least: int, text: str) -> None:
+        default = getattr(defaults, option.removeprefix("--").replace("-", "_"))
+        parser.add_argument(
+            option, type=integer_from(least), default=default, metavar="N", help=f"{text} (default: {default})"
+        )
+
+    add("--problems", 1, "problems to measure on")
+    add("--batch-size", 1, "problems decoded together")
+    add("--repeats", 1, "runs of each method, of which the median time counts")
+    add("--show", 0, "problems to decode in view first")
+    add("--seed", 0, "seed of the draw of problems")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file, too")
+
+
+def integer_from(least: int):
+    """An argument type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}.")
+        return int(text)
+
+    return parse
+
+
+def generate(args: argparse.Namespace) -> None:
+    """`flashdlm generate`."""
+    prompts = read_prompts(args.prompt)
+    quiet_host(progress_bars=sys.stderr.isatty())
+    checkpoint = Checkpoint.load(args.model, args.device, args.dtype)
+    options = {name: getattr(args, name) for name in DECODING_OPTIONS if getattr(args, name) is not None}
+    if args.guider is not None:
+        options["guider"] = checkpoint.load_guider(args.guider, args.device, args.dtype)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    if args.stream:
+        for prompt in prompts:
+            report(checkpoint.stream(prompt, options, args.chat, Console(highlight=False)), args.stats)
+    else:
+        continuation = checkpoint.continue_prompts(prompts, options, args.chat)
+        print("\n\n".join(continuation.texts))
+        report(continuation, args.stats)
+
+
+def read_prompts(prompts: list[str] | None) -> list[str]:
+    """The prompts of the command line, or else all of standard input as one."""
+    if prompts is None:
+        if sys.stdin.isatty():
+            raise ValueError("`--prompt` is missing: give it, or pipe a prompt into the command.")
+        prompts = [sys.stdin.read().strip("\n")]
+    if not all(prompts):
+        raise ValueError("a prompt must not be empty, got one that is.")
+    return prompts
+
+
+def report(continuation: Continuation, stats: bool) -> None:
+    """With `stats`, print a line for each prompt and one for the time."""
+    if not stats:
+        return
+    output = continuation.output
+    guider_forwards = torch.zeros_like(output.nfe) if output.guider_forwards is None else output.guider_forwards
+    columns = (output.nfe, guider_forwards, output.active_tokens, output.tokens_per_forward)
+    for nfe, guided, active, rate in zip(*(column.tolist() for column in columns), strict=True):
+        print(
+            f"NFE {nfe}, guider forwards {guided}, active tokens {active}, tokens per forward {rate:.2f}",
+            file=sys.stderr,
+        )
+    print(f"{continuation.seconds:.2f} seconds", file=sys.stderr)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """`flashdlm demo`."""
+    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise ValueError(f"`--json` must be a file in a folder that exists, got {str(args.json)!r}.")
+    quiet_host(progress_bars=False)
+    record = run_demo(
+        Settings(args.problems, args.batch_size, args.repeats, args.show, args.seed), Console(highlight=False)
+    )
+    if args.json is not None:
+        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def quiet_host(progress_bars: bool) -> None:
+    """Keep the host's hints out of the output, and its progress bars unless they are wanted."""
+    logging.set_verbosity_error()
+    if not progress_bars:
+        logging.disable_progress_bar()

@@ -1,0 +1,82 @@
+"""Showing a canvas while it is being denoised: masks, fresh tokens and finished text, as styled text.
+
+Owns how a canvas looks and the streamer that shows it. Knows nothing of how or why tokens were chosen.
+"""
+
+import time
+from collections.abc import Callable
+from itertools import groupby
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+
+MASKED, FRESH, WRITTEN = "dim", "bold green", ""
+
+
+def mask_character(console: Console) -> str:
+    """The character that stands for a masked position, one that `console` can print."""
+    return "░" if console.encoding.lower().startswith("utf") else "_"
+
+
+class CanvasStreamer:
+    r"""
+    A streamer for a single prompt: hands on the text of the whole generated region after every denoising step.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Turns ids into text.
+        mask_token_id (`int`): The id of a masked position.
+        end_token_ids (`set[int]`): What is behind one of these is not shown.
+        show (`Callable`): Is called with a `rich.text.Text` after each step.
+        mask (`str`, *optional*, defaults to `"░"`): Drawn for each masked position.
+        pause (`float`, *optional*, defaults to 0): Seconds to wait after each step.
+    """
+
+    shows_canvas = True  # `put_draft` is to be given the whole canvas
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        mask_token_id: int,
+        end_token_ids: set[int],
+        show: Callable[[Text], None],
+        mask: str = "░",
+        pause: float = 0.0,
+    ):
+        self.tokenizer, self.mask_token_id, self.end_token_ids = tokenizer, mask_token_id, end_token_ids
+        self.show, self.mask, self.pause = show, mask, pause
+        self.end()
+
+    def put(self, ids: torch.LongTensor) -> None:
+        """The first ids are the prompt, which is not shown. Finished text is on the canvas anyway."""
+        if self.prompt_length is None:
+            self.prompt_length = ids.shape[-1]
+
+    def put_draft(self, canvas: torch.LongTensor) -> None:
+        """Show `canvas`, shape `(1, canvas_length)`."""
+        ids = canvas[0, self.prompt_length :].tolist()
+        self.show(self.render(ids))
+        self.shown = ids
+        time.sleep(self.pause)
+
+    def end(self) -> None:
+        """Forget the prompt: the streamer can be used again."""
+        self.prompt_length, self.shown = None, []
+
+    def render(self, ids: list[int]) -> Text:
+        """The text of a generated region, up to its first end token."""
+        end = next((index for index, token_id in enumerate(ids) if token_id in self.end_token_ids), len(ids))
+        text = Text()
+        # A run of one style is decoded at once, because a character may be spread over several tokens.
+        for style, run in groupby(enumerate(ids[:end]), key=lambda item: self._style(*item)):
+            run_ids = [token_id for _, token_id in run]
+            text.append(f" {self.mask}" * len(run_ids) if style == MASKED else self.tokenizer.decode(run_ids), style)
+        return text
+
+    def _style(self, index: int, token_id: int) -> str:
+        if token_id == self.mask_token_id:
+            return MASKED
+        was_masked = not self.shown or self.shown[index] == self.mask_token_id
+        return FRESH if was_masked else WRITTEN

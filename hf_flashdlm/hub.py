@@ -1,0 +1,407 @@
+"""Repositories for the Hugging Face Hub: folders built from these very source files, and their upload.
+
+Owns what lies in a repository of each kind (weights with code, code alone, a guider, the strategy alone), the cards,
+and the order of an upload. Which source files belong together is the host's to say. Knows nothing of decoding.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import jinja2
+import torch
+from huggingface_hub import HfApi, ModelCard, get_token, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
+from safetensors import safe_open
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Tokenizer,
+)
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from . import __version__
+from .configuration_dream import DreamConfig
+from .configuration_llada import LLaDAConfig
+from .generate import generate
+from .generation_config import DiffusionOptions
+from .modeling_dream import DreamModel
+from .modeling_llada import LLaDAModelLM
+from .tokenization_dream import DreamTokenizer
+
+
+MODELS = {LLaDAConfig.model_type: (LLaDAConfig, LLaDAModelLM), DreamConfig.model_type: (DreamConfig, DreamModel)}
+AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
+SERVED_AS = (
+    "AutoModelForCausalLM"  # `transformers serve` looks `architectures` up in the library, not in the repository
+)
+STRATEGY = "custom_generate"  # the folder that the host looks for
+REQUIREMENTS = ("torch>=2.6", "transformers>=5.18")  # one `name OPERATOR version` a line is all that the host reads
+
+# What a checkpoint is fetched and a folder is pushed without.
+NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
+IGNORED = (".*", "*/.*", "*__pycache__*", "*.pyc")
+
+
+def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str | None = None) -> Path:
+    r"""
+    Write a repository with the weights of a LLaDA or Dream checkpoint, as they are, and the code that decodes them.
+
+    Args:
+        checkpoint (`str`): Folder or Hub repository, with weights in safetensors and a tokenizer.
+        directory (`str` or `Path`): A new or an empty folder.
+        repo_id (`str`): The repository that the folder is going to be, for the card.
+        card (`str`, *optional*): One of `model_cards/`; by default the checkpoint's own, or else `"model"`.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If the checkpoint is of another architecture or not complete, or if the folder is in use.
+    """
+    _check_repo_id(repo_id)
+    source = _fetch(checkpoint)
+    config = _diffusion_config(source, checkpoint)
+    model = _meta_model(config)
+    weights = _weight_files(source, checkpoint, model)
+    generation_config = _generation_config(source, config)
+    tokenizer = _tokenizer(source, checkpoint)
+    directory = _new_directory(directory)
+    for name in weights:
+        shutil.copyfile(source / name, directory / name)
+    _save_code(model, directory)
+    model.config.save_pretrained(directory)
+    generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    _save_card(directory, card or _card_of(checkpoint), repo_id, checkpoint)
+    return directory
+
+
+def export_guider(checkpoint: str, directory: str | Path, repo_id: str, card: str = "guider") -> Path:
+    """
+    Write a repository with an autoregressive model of Transformers' own, which needs no code; arguments and errors
+    as of [`export_model`].
+    """
+    _check_repo_id(repo_id)
+    source = _fetch(checkpoint)
+    if _config_dict(source, checkpoint).get("model_type") in MODELS:
+        raise ValueError(f"`checkpoint` must be an autoregressive model, got the diffusion model {checkpoint!r}.")
+    weights = _weight_files(source, checkpoint)
+    tokenizer = _tokenizer(source, checkpoint)
+    directory = _new_directory(directory)
+    for name in (*weights, "config.json", "generation_config.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+    tokenizer.save_pretrained(directory)
+    _save_card(directory, card, repo_id, checkpoint)
+    return directory
+
+
+def export_code(model_type: str, directory: str | Path, repo_id: str, checkpoint: str | None = None) -> Path:
+    r"""
+    Write a repository with code alone, for checkpoints whose weights stay where they are.
+
+    Args:
+        model_type (`str`): `"llada"` or `"Dream"`.
+        directory (`str` or `Path`): A new or an empty folder.
+        repo_id (`str`): The repository that the folder is going to be: its config points at its own code.
+        checkpoint (`str`, *optional*): A checkpoint of other sizes than the 7B and 8B ones, for its configuration.
+
+    Returns:
+        `Path`: The folder.
+
+    Raises:
+        ValueError: If there is no such architecture, or if the folder is in use.
+    """
+    _check_repo_id(repo_id)
+    if model_type not in MODELS:
+        raise ValueError(f"`model_type` must be {' or '.join(map(repr, MODELS))}, got {model_type!r}.")
+    config = MODELS[model_type][0]() if checkpoint is None else _diffusion_config(_fetch(checkpoint), checkpoint)
+    if config.model_type != model_type:
+        raise ValueError(f"`checkpoint` must be of type {model_type!r}, got {config.model_type!r}.")
+    model = _meta_model(config)
+    directory = _new_directory(directory)
+    _save_code(model, directory)
+    model.config.auto_map = {name: f"{repo_id}--{value}" for name, value in model.config.auto_map.items()}
+    model.config.save_pretrained(directory)
+    _save_card(directory, "code", repo_id, checkpoint, model_type=model_type)
+    return directory
+
+
+def export_strategy(directory: str | Path, repo_id: str) -> Path:
+    """
+    Write a repository with the strategy alone, for `custom_generate="<repo_id>"`; arguments and errors as of
+    [`export_model`].
+    """
+    _check_repo_id(repo_id)
+    directory = _new_directory(directory)
+    (directory / STRATEGY).mkdir()
+    custom_object_save(generate, directory / STRATEGY)
+    (directory / STRATEGY / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+    _save_card(directory, "strategy", repo_id, None)
+    return directory
+
+
+def list_files(directory: str | Path) -> dict[str, int]:
+    """What a push of `directory` would upload, if it is a complete repository: names and sizes in bytes."""
+    directory = Path(directory)
+    _check_exported(directory)
+    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
+    return {name: (directory / name).stat().st_size for name in filter_repo_objects(names, ignore_patterns=IGNORED)}
+
+
+def push(
+    directory: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    tag: str = __version__,
+    token: str | None = None,
+) -> str:
+    r"""
+    Publish an exported folder: create the repository if there is none, upload all files in one commit, tag it.
+
+    Nothing of an upload shows before its commit, so one that was interrupted can be repeated; files that the Hub
+    holds already are not sent again.
+
+    Args:
+        directory (`str` or `Path`): A folder that an export has written.
+        repo_id (`str`): The repository, `"organization/name"`.
+        private (`bool`, *optional*): Whether a new repository is private; by default what the account says.
+        tag (`str`, *optional*, defaults to the version of this package): Name for the commit.
+        token (`str`, *optional*): By default the one of `hf auth login`.
+
+    Returns:
+        `str`: Where the files are.
+
+    Raises:
+        ValueError: If the folder is not complete, the token is missing or refused, the tag is taken, or the upload
+            did not end.
+    """
+    _check_repo_id(repo_id)
+    list_files(directory)
+    token = token or get_token()
+    if token is None:
+        raise ValueError("a token is needed to push and there is none: run `hf auth login`, or set `HF_TOKEN`.")
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if any(one.name == tag for one in api.list_repo_refs(repo_id).tags):
+            raise ValueError(f"`tag` must be new, got {tag!r}, which {repo_id} has already: name another one.")
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=directory, commit_message=f"hf_flashdlm {tag}", ignore_patterns=list(IGNORED)
+        )
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    except OfflineModeIsEnabled as error:
+        raise ValueError("the Hub cannot be reached in offline mode: unset `HF_HUB_OFFLINE`.") from error
+    except HfHubHTTPError as error:
+        raise ValueError(_refusal(error, repo_id)) from error
+    except (*_CONNECTION_ERRORS, OSError) as error:
+        raise ValueError(
+            f"the upload to {repo_id} broke off ({type(error).__name__}): run the same command again, which goes on "
+            "from there."
+        ) from error
+    return f"{api.endpoint}/{repo_id}/tree/{tag}"
+
+
+# huggingface_hub has changed its HTTP library before; its own error knows which one it is.
+_CONNECTION_ERRORS = tuple(kind for kind in HfHubHTTPError.__bases__ if kind is not OSError)
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    """One sentence for an answer of the Hub that is not what was asked for."""
+    status = error.response.status_code
+    if status in (401, 403):
+        return f"the Hub refused the token for {repo_id}: run `hf auth login` with a token that may write there."
+    return f"the Hub refused the push to {repo_id} with status {status}: nothing was tagged; run it again later."
+
+
+def _check_repo_id(repo_id: str) -> None:
+    try:
+        validate_repo_id(repo_id)
+        complete = "/" in repo_id
+    except HFValidationError:
+        complete = False
+    if not complete:
+        raise ValueError(f"`repo_id` must have the form organization/name, got {repo_id!r}.")
+
+
+def _fetch(checkpoint: str) -> Path:
+    """The folder of a checkpoint, downloaded if it is not one."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    try:
+        return Path(snapshot_download(checkpoint, allow_patterns=list(NEEDED)))
+    except (HFValidationError, OSError, *_CONNECTION_ERRORS) as error:
+        raise ValueError(
+            f"`checkpoint` must be a folder or a repository that can be downloaded, got {checkpoint!r}."
+        ) from error
+
+
+def _config_dict(source: Path, checkpoint: str) -> dict:
+    if not (source / "config.json").is_file():
+        raise ValueError(f"`checkpoint` must have a config.json, which {checkpoint!r} has not.")
+    return PreTrainedConfig.get_config_dict(source)[0]
+
+
+def _diffusion_config(source: Path, checkpoint: str) -> PreTrainedConfig:
+    """The configuration of a LLaDA or Dream checkpoint."""
+    model_type = _config_dict(source, checkpoint).get("model_type")
+    if model_type not in MODELS:
+        raise ValueError(
+            f"`checkpoint` must be a diffusion model of type {' or '.join(map(repr, MODELS))}, got {model_type!r}."
+        )
+    return MODELS[model_type][0].from_pretrained(source)
+
+
+def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return MODELS[config.model_type][1](config)
+
+
+def _weight_files(source: Path, checkpoint: str, model: PreTrainedModel | None = None) -> list[str]:
+    """Names of the files of weights, which must be there and hold all that `model` needs."""
+    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        index = json.loads((source / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
+        shards = sorted(set(index["weight_map"].values()))
+        names = [*shards, SAFE_WEIGHTS_INDEX_NAME]
+    else:
+        names = shards = [SAFE_WEIGHTS_NAME]
+    absent = [name for name in names if not (source / name).is_file()]
+    if absent:
+        raise ValueError(f"`checkpoint` must have its weights as safetensors, but {checkpoint!r} has no {absent[0]}.")
+    if model is not None:
+        stored = set()
+        for name in shards:
+            with safe_open(source / name, "pt") as weights:
+                stored.update(weights.keys())
+        missing = sorted(set(model.state_dict()) - set(model.all_tied_weights_keys) - stored)
+        if missing:
+            raise ValueError(
+                f"`checkpoint` must have all weights of {type(model).__name__}, but {checkpoint!r} lacks "
+                f"{len(missing)} of them, {missing[0]} first."
+            )
+    return names
+
+
+def _generation_config(source: Path, config: PreTrainedConfig) -> GenerationConfig:
+    """The checkpoint's, our options included, completed so that a pipeline adds nothing of its own."""
+    path = source / "generation_config.json"
+    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # The host would drop our options from a file with this mark.
+    values.pop("_from_model_config", None)
+    special = {name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "mask_token_id")}
+    values = {"do_sample": False, "max_new_tokens": 128} | special | values
+    generation_config = GenerationConfig(**values)
+    DiffusionOptions.read(generation_config)
+    return generation_config
+
+
+def _tokenizer(source: Path, checkpoint: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, set to pad as a batch of prompts needs it."""
+    # Without its files the host would make up an empty one.
+    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ValueError(f"`checkpoint` must have a tokenizer, which {checkpoint!r} has not.")
+    # Dream's tokenizer is Qwen2's, whose name loads without this package and without remote code.
+    is_dream = get_tokenizer_config(source).get("tokenizer_class", "").startswith(DreamTokenizer.__name__)
+    kind = Qwen2Tokenizer if is_dream else AutoTokenizer
+    try:
+        tokenizer = kind.from_pretrained(source, padding_side="left", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`checkpoint` must have a tokenizer of Transformers', which {checkpoint!r} has not."
+        ) from error
+    for name in ("auto_map", "is_local", "local_files_only"):  # of the source, and not to be saved
+        tokenizer.init_kwargs.pop(name, None)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _new_directory(directory: str | Path) -> Path:
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"`directory` must be new or empty, got {str(directory)!r}.")
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _save_code(model: PreTrainedModel, directory: Path) -> None:
+    """Copy the source files of `model` and name its classes in `model.config`, by the host's means."""
+    config = model.config
+    config.auto_map = {}
+    config.architectures = [SERVED_AS]
+    for name in AUTO_CLASSES:
+        model._auto_class = name
+        custom_object_save(model, directory, config)
+    config._auto_class = "AutoConfig"
+    custom_object_save(config, directory, config)
+    del config._auto_class  # or saving the config would write its part of `auto_map` once more
+
+
+def _cards() -> Path:
+    """The folder of the cards: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parent
+    return next(path for path in (package / "model_cards", package.parent / "model_cards") if path.is_dir())
+
+
+def _card_of(checkpoint: str) -> str:
+    """The card of a checkpoint that has one of its own, which is named as it is."""
+    name = checkpoint.rstrip("/").rpartition("/")[2].lower()
+    return name if (_cards() / f"{name}.md").is_file() else "model"
+
+
+def _save_card(directory: Path, card: str, repo_id: str, checkpoint: str | None, **values) -> None:
+    """Fill in a card of `model_cards/` and write it as README.md."""
+    folder = _cards()
+    if card.startswith("_") or not (folder / f"{card}.md").is_file():
+        known = sorted(path.stem for path in folder.glob("[!_R]*.md"))
+        raise ValueError(f"`card` must be one of {', '.join(known)}, got {card!r}.")
+    scores = folder.parent / "examples" / "tiny" / "results.json"
+    values |= {
+        "version": __version__,
+        "repo_id": repo_id,
+        "base_model": None if checkpoint is None or Path(checkpoint).is_dir() else checkpoint,
+        "requirements": REQUIREMENTS,
+        "results": json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else {},
+    }
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(folder),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    ModelCard(environment.get_template(f"{card}.md").render(values)).save(directory / "README.md")
+
+
+def _check_exported(directory: Path) -> None:
+    """Refuse to publish a folder that would not load."""
+
+    def need(name: str) -> Path:
+        if not (directory / name).is_file():
+            raise ValueError(f"`directory` must be a complete repository, but {str(directory)!r} has no {name}.")
+        return directory / name
+
+    need("README.md")
+    modules = []
+    if (directory / STRATEGY).is_dir():
+        modules.append(need(f"{STRATEGY}/generate.py"))
+        need(f"{STRATEGY}/requirements.txt")
+    else:
+        auto_map = json.loads(need("config.json").read_text(encoding="utf-8")).get("auto_map", {})
+        modules += [need(value.rpartition("--")[2].partition(".")[0] + ".py") for value in auto_map.values()]
+        if not any("--" in value for value in auto_map.values()):
+            _weight_files(directory, str(directory))
+            need("tokenizer_config.json")
+    for module in modules:
+        try:
+            get_relative_import_files(module)
+        except FileNotFoundError as error:
+            need(Path(error.filename).relative_to(directory).as_posix())

@@ -1,0 +1,225 @@
+"""Continuing prompts with a checkpoint, as `flashdlm generate` does it.
+
+Owns the loading of a diffusion model, its tokenizer and a guider, the chat template, and the choice between a batch
+and a stream. A mistake of the user's is a `ValueError` of one sentence. Knows nothing of how decoding works.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
+
+from .configuration_dream import DreamConfig
+from .configuration_llada import LLaDAConfig
+from .display import CanvasStreamer, mask_character
+from .guider import ARGuider
+from .outputs import DiffusionGenerationOutput
+
+
+MODEL_TYPES = (LLaDAConfig.model_type, DreamConfig.model_type)
+MAX_NEW_TOKENS = 128  # where neither the caller nor the checkpoint names a length
+
+
+@dataclass(frozen=True)
+class Continuation:
+    r"""
+    What came of a batch of prompts.
+
+    Args:
+        texts (`list[str]`): The continuations.
+        lengths (`list[int]`): Their tokens, up to and with the first end token.
+        output ([`DiffusionGenerationOutput`]): What `generate` returned.
+        seconds (`float`): The time that `generate` took for the batch.
+    """
+
+    texts: list[str]
+    lengths: list[int]
+    output: DiffusionGenerationOutput
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A diffusion `model` and its `tokenizer`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    @classmethod
+    def load(cls, name: str, device: str = "auto", dtype: str = "auto") -> "Checkpoint":
+        r"""
+        Load from a folder or from the Hub.
+
+        Args:
+            name (`str`): Folder or Hub repository.
+            device (`str`, *optional*, defaults to `"auto"`): `"auto"` takes the accelerators, if there are any.
+            dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` keeps the one that the weights were saved in.
+
+        Raises:
+            ValueError: If there is no such checkpoint or it is no diffusion model, or for a device or dtype that is
+                not there.
+        """
+        config = load_config("--model", name)
+        if config.model_type not in MODEL_TYPES:
+            raise ValueError(
+                f"`--model` must be a diffusion model of type {' or '.join(MODEL_TYPES)}, got type "
+                f"{config.model_type!r}."
+            )
+        return cls(load_weights("--model", name, device, dtype), load_tokenizer("--model", name))
+
+    def load_guider(self, name: str, device: str = "auto", dtype: str = "auto") -> ARGuider:
+        """A guider from the autoregressive model in a folder or on the Hub, which may have another tokenizer."""
+        model, tokenizer = load_guider(name, device, dtype), load_tokenizer("--guider", name)
+        return ARGuider(model, tokenizer=tokenizer, canvas_tokenizer=self.tokenizer)
+
+    @property
+    def end_token_ids(self) -> set[int]:
+        """Ids that end a text."""
+        ids = self.model.generation_config.eos_token_id
+        return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
+
+    def continue_prompts(self, prompts: list[str], options: dict, chat: bool | None = None) -> Continuation:
+        r"""
+        Continue `prompts` in one batch.
+
+        Args:
+            prompts (`list[str]`): Prompts.
+            options (`dict`): Keywords of `generate`; a `temperature` decides on `do_sample`, too.
+            chat (`bool`, *optional*): Whether the prompts go into the chat template; by default if there is one.
+
+        Returns:
+            [`Continuation`]: Texts and what they cost.
+        """
+        inputs = self.encode(prompts, chat)
+        if self.model.generation_config.max_new_tokens is None:
+            options = {"max_new_tokens": MAX_NEW_TOKENS} | options
+        started = time.perf_counter()
+        output = self.model.generate(**inputs, **with_sampling(options), return_dict_in_generate=True)
+        seconds = time.perf_counter() - started
+        rows = [self.up_to_end(row) for row in output.sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+        texts = self.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return Continuation([text.strip() for text in texts], [len(row) for row in rows], output, seconds)
+
+    def up_to_end(self, ids: list[int]) -> list[int]:
+        """`ids` up to and with the first that ends a text."""
+        ends = (length for length, token_id in enumerate(ids, 1) if token_id in self.end_token_ids)
+        return ids[: next(ends, len(ids))]
+
+    def stream(self, prompt: str, options: dict, chat: bool | None, console: Console) -> Continuation:
+        """Continue one prompt and print the text as it forms: on a terminal the whole canvas, else what is final."""
+        if not console.is_terminal:
+            streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+            return self.continue_prompts([prompt], options | {"streamer": streamer}, chat)
+        with Live(console=console, auto_refresh=False, transient=True) as live:
+            streamer = self.canvas_streamer(lambda text: live.update(text, refresh=True), console)
+            continuation = self.continue_prompts([prompt], options | {"streamer": streamer}, chat)
+        console.out(continuation.texts[0], highlight=False)
+        return continuation
+
+    def canvas_streamer(self, show: Callable[[Text], None], console: Console, pause: float = 0.0) -> CanvasStreamer:
+        """A streamer that hands pictures of the canvas to `show`; arguments as of [`CanvasStreamer`]."""
+        mask_token_id = self.model.config.mask_token_id
+        return CanvasStreamer(self.tokenizer, mask_token_id, self.end_token_ids, show, mask_character(console), pause)
+
+    def encode(self, prompts: list[str], chat: bool | None) -> dict[str, torch.Tensor]:
+        """`input_ids` and `attention_mask` of `prompts`, on the model's device."""
+        has_template = self.tokenizer.chat_template is not None
+        if chat and not has_template:
+            raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
+        chat = has_template if chat is None else chat
+        if chat:
+            conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            prompts = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
+        # A chat template writes the special tokens itself.
+        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chat)
+        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+
+
+def with_sampling(options: dict) -> dict:
+    """`options` in which a `temperature` above 0 means drawing and 0 means not to."""
+    temperature = options.get("temperature")
+    if temperature is None:
+        return options
+    if temperature < 0:
+        raise ValueError(f"`--temperature` must not be negative, got {temperature}.")
+    if temperature == 0:
+        return {name: value for name, value in options.items() if name != "temperature"} | {"do_sample": False}
+    return options | {"do_sample": True}
+
+
+def load_guider(name: str, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
+    """The autoregressive model in a folder or on the Hub; arguments as of [`Checkpoint.load`]."""
+    config = load_config("--guider", name)
+    if config.model_type in MODEL_TYPES or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"`--guider` must be an autoregressive language model, got type {config.model_type!r}.")
+    return load_weights("--guider", name, device, dtype)
+
+
+def load_config(option: str, name: str) -> PreTrainedConfig:
+    """A configuration, without running code of the repository."""
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise ValueError(f"`{option}` must be a folder with a checkpoint or a Hub repository, got no folder {name!r}.")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{option}` must be a folder with a checkpoint or a Hub repository, got {name!r}: {first_line(error)}"
+        ) from error
+
+
+def load_weights(option: str, name: str, device: str, dtype: str) -> PreTrainedModel:
+    """A model, on `device` and in `dtype`."""
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`--dtype` must be auto or a dtype of torch, got {dtype!r}.")
+    if device == "auto":
+        device_map = "auto" if torch.accelerator.is_available() else None
+    else:
+        check_device(device)
+        device_map = device
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, device_map=device_map, trust_remote_code=False
+        ).eval()
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{option}` could not be loaded from {name!r}: {first_line(error)}") from error
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch does not know or cannot reach here."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"`--device` must be auto or a device that torch can use here, got {device!r}.") from error
+
+
+def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
+    """A tokenizer that pads on the left, as a batch of prompts needs it."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{option}` must have a tokenizer, got {name!r}: {first_line(error)}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # the host makes an empty one where the files are missing
+        raise ValueError(f"`{option}` must have a tokenizer, got {name!r}: it has no vocabulary.")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def first_line(error: Exception) -> str:
+    """What the host says first; the lines behind it are about arguments of its own."""
+    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,81 @@
+"""The models of a measurement: a checkpoint, or a shape with random weights, with their guiders.
+
+Owns the named shapes and which dtype each place gets. A mistake of the user's is a `ValueError` of one sentence. Knows
+nothing of what is measured.
+"""
+
+import argparse
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+from .configuration_dream import DreamConfig
+from .configuration_llada import LLaDAConfig
+from .demo import TINY
+from .measuring import Models
+from .prompting import Checkpoint
+
+
+SHAPES = {"llada-8b": LLaDAConfig, "dream-7b": DreamConfig, "tiny": None}
+# Sizes of Qwen2.5, which guiders of these shapes have; the vocabulary is that of the diffusion model.
+GUIDER_SHAPES = {
+    "qwen2.5-0.5b": dict(
+        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
+    ),
+    "qwen2.5-1.5b": dict(
+        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
+    ),
+    "tiny": None,
+}
+
+
+def load_models(args: argparse.Namespace, device: torch.device) -> Models:
+    """The models that the arguments name."""
+    if (args.model is None) == (args.config is None):
+        raise ValueError("`--model` or `--config` must be given, and not both: a checkpoint, or a shape.")
+    if args.model is not None and args.random_weights:
+        raise ValueError("`--random-weights` belongs to `--config`: a checkpoint has weights of its own.")
+    plain_dtype = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = args.dtype or ("auto" if args.model is not None else plain_dtype)
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"`--dtype` must be auto or a dtype of torch, got {dtype!r}.")
+    if args.random_weights:
+        dtype = getattr(torch, plain_dtype if dtype == "auto" else dtype)
+        config = AutoConfig.from_pretrained(TINY / "dlm") if args.config == "tiny" else SHAPES[args.config]()
+        model = random_model(config, dtype, device, args.seed)
+        return Models(model, {"guider": random_model(guider_config(args, config), dtype, device, args.seed + 1)})
+    if args.config not in (None, "tiny"):
+        raise ValueError(f"`--config {args.config}` has no weights: add `--random-weights`, or use `--model`.")
+    checkpoint = Checkpoint.load(args.model or str(TINY / "dlm"), str(device), dtype)
+    guider = args.guider or (str(TINY / "guider") if args.config == "tiny" else None)
+    return Models.load(checkpoint, {} if guider is None else {"guider": guider}, device, dtype)
+
+
+def random_model(config, dtype: torch.dtype, device: torch.device, seed: int):
+    """A model of this shape that nobody has trained."""
+    torch.manual_seed(seed)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def guider_config(args: argparse.Namespace, config):
+    """The shape of a guider with random weights, by name."""
+    name = args.guider or ("tiny" if args.config == "tiny" else "qwen2.5-1.5b")
+    if name not in GUIDER_SHAPES:
+        raise ValueError(
+            f"`--guider` must be one of {', '.join(GUIDER_SHAPES)} with `--random-weights`, got {name!r}."
+        )
+    if name == "tiny":
+        guider = AutoConfig.from_pretrained(TINY / "guider")
+        guider.vocab_size = config.vocab_size
+        return guider
+    return Qwen2Config(vocab_size=config.vocab_size, tie_word_embeddings=True, **GUIDER_SHAPES[name])
+
+
+def twin_config(config):
+    """The autoregressive model of the same shape: Qwen2 for Dream, Llama for LLaDA."""
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names += ("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
+    kind = Qwen2Config if config.model_type == DreamConfig.model_type else LlamaConfig
+    # Without an end token it generates all it is asked for.
+    return kind(**{name: getattr(config, name) for name in names}, eos_token_id=None, pad_token_id=0)
