@@ -17,9 +17,10 @@ class _Target:
     """Where the next forward writes; one object is shared by all layers of a cache."""
 
     start: int = 0
-    stop: int | None = None  # `None`: as many positions as there are queries
+    stop: int | None = None  # exclusive; `None`: as many positions as there are queries
     positions: torch.LongTensor | None = None  # (B, N), in place of start and stop where the rows differ
-    attended: int | None = None  # number of leading keys that the queries see; `None`: all
+    attended: int | None = None  # number of leading keys that the queries see; `None`: all computed so far
+    computed: int = 0  # number of leading positions whose states have been computed
     canvas_length: int | None = None  # length of the buffers; `None`: what the first forward covers
 
 
@@ -49,8 +50,9 @@ class FreeCacheLayer(DynamicLayer):
         else:
             self._write(self.keys, key_states)
             self._write(self.values, value_states)
-        attended = self.target.attended
-        if attended is None or attended == self.keys.shape[-2]:
+        self.target.computed = max(self.target.computed, self.target.stop or key_states.shape[-2])
+        attended = self.target.attended or self.target.computed
+        if attended == self.keys.shape[-2]:
             return self.keys, self.values
         return self.keys[:, :, :attended], self.values[:, :, :attended]
 
@@ -67,7 +69,7 @@ class FreeCacheLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if not self.is_initialized:
             return query_length, 0
-        return self.target.attended or self.keys.shape[-2], 0
+        return self.target.attended or max(self.target.computed, self.target.stop or 0), 0
 
     def get_max_length(self) -> int:
         return self.keys.shape[-2] if self.is_initialized else -1
@@ -126,6 +128,7 @@ class FreeCache(DynamicCache):
     def __init__(self, canvas_length: int | None = None):
         self.target = _Target(canvas_length=canvas_length)
         self.frozen_length = torch.zeros(1, dtype=torch.long)
+        self.lowest = torch.zeros(1, dtype=torch.long)  # first position that the next forward writes, per row
         Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))
 
     @property
@@ -162,8 +165,10 @@ class FreeCache(DynamicCache):
         Raises:
             ValueError: If a position lies outside the canvas or is frozen.
         """
+        if not self.is_initialized:
+            raise ValueError("The first window must be the same for all rows: call `window` before `scatter`.")
         self._check(positions.amin(1), positions.amax(1) + 1)
-        self.target.start, self.target.stop = int(positions.min()), None
+        self.target.start, self.target.stop = int(positions.min()), int(positions.max()) + 1
         self.target.positions = positions.to(self.layers[0].keys.device)
         self.target.attended = attended
 
@@ -188,12 +193,20 @@ class FreeCache(DynamicCache):
                 f"`length` must not be below the frozen length {self.frozen_length.tolist()}, got {length.tolist()}: "
                 "frozen states stay frozen until `thaw`."
             )
-        if length.max() > (self.canvas_length or 0):
+        if length.max() > self.target.computed:
             raise ValueError(
-                f"`length` must be at most the {self.canvas_length or 0} positions computed so far, got "
+                f"`length` must be at most the {self.target.computed} positions computed so far, got "
                 f"{length.tolist()}: run the forward over the whole canvas first."
             )
         self.frozen_length = length
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
+        if layer_idx == 0 and (self.lowest < self.frozen_length).any():
+            raise ValueError(
+                f"The next forward would rewrite frozen positions: it starts at {self.lowest.tolist()}, frozen are "
+                f"{self.frozen_length.tolist()}. Call `window` before it."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _check(self, lo: torch.LongTensor, hi: torch.LongTensor) -> None:
         if (lo < self.frozen_length).any():
@@ -212,17 +225,22 @@ class FreeCache(DynamicCache):
                 f"A window must hold at least one position and end within the canvas of {length}, got "
                 f"{lo.tolist()} to {hi.tolist()}."
             )
+        self.lowest = lo
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.frozen_length.numel() > 1:
             self.frozen_length = self.frozen_length.repeat_interleave(repeats)
+        if self.lowest.numel() > 1:
+            self.lowest = self.lowest.repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` of the batch, in that order."""
         super().batch_select_indices(indices)
         if self.frozen_length.numel() > 1:
             self.frozen_length = self.frozen_length[indices.cpu()]
+        if self.lowest.numel() > 1:
+            self.lowest = self.lowest[indices.cpu()]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -230,5 +248,6 @@ class FreeCache(DynamicCache):
     def reset(self) -> None:
         """Drop all states; the next forward sizes the buffers again."""
         super().reset()
-        self.frozen_length = torch.zeros(1, dtype=torch.long)
+        self.frozen_length, self.lowest = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
         self.target.start, self.target.stop, self.target.positions, self.target.attended = 0, None, None, None
+        self.target.computed = 0

@@ -70,6 +70,7 @@ class TimestepSchedule:
         quotas = torch.where(
             torch.arange(len(timesteps) - 1) >= ends[:, None] - 1, state.block_masked[:, None], quotas
         )
-        ahead = torch.arange(len(timesteps) - 1) >= (begins + state.step)[:, None]
+        # Past its last step a block has masks left only where a narrow window hid them: they are written at once.
+        ahead = torch.arange(len(timesteps) - 1) >= torch.minimum(begins + state.step, ends - 1)[:, None]
         index = (ahead & ((quotas > 0) | self.run_empty_steps)).int().argmax(1)
         return quotas.gather(1, index[:, None]).squeeze(1), index + 1 - begins

@@ -132,13 +132,14 @@ class FreeCacheWindow:
         refresh = self._refresh(state)
         finished = state.frontiers[:, self.freeze_lag] - self.prompt_length
         frozen = self.prompt_length + finished.div(self.freeze_length, rounding_mode="floor") * self.freeze_length
-        lo = torch.where(refresh, 0, (frozen - self.left_margin).clamp_min(0))
-        length = torch.full_like(lo, state.canvas.shape[1])
-        if self.growing:
-            length = state.block_stop
+        length = state.block_stop if self.growing else torch.full_like(frozen, state.canvas.shape[1])
+        # A row that waits at the end of a growing canvas is fed its last position.
+        lo = torch.where(refresh, 0, torch.minimum(frozen - self.left_margin, length - 1).clamp_min(0))
         hi = length
         if self.right_window is not None:
-            hi = torch.where(refresh, length, torch.minimum(state.frontiers[:, 0] + self.right_window, length))
+            # Of a block that a growing canvas has just reached there are no stale states yet.
+            unseen = refresh | ((self.growing and self.attend_stale) & (state.block_nfe == 0))
+            hi = torch.where(unseen, length, torch.minimum(state.frontiers[:, 0] + self.right_window, length))
         return Window(lo, hi, length if self.attend_stale else hi, lo)
 
     def _refresh(self, state) -> torch.BoolTensor:
