@@ -18,7 +18,7 @@ model = AutoModelForCausalLM.from_pretrained(TINY / "dlm", dtype="auto")
 guider = AutoModelForCausalLM.from_pretrained(TINY / "guider", dtype="auto")
 tokenizer = AutoTokenizer.from_pretrained(TINY / "dlm")
 
-question = "Clara has 8 beads. Yara has 10 more than Clara. How many beads do they have together?"
+question = "There were 15 lemons on the table. Sofia took 7 away. How many lemons are still there?"
 inputs = tokenizer.apply_chat_template(
     [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
 )

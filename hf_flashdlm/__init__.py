@@ -10,6 +10,7 @@ from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
 from .generation import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_config import DiffusionOptions
+from .display import CanvasStreamer
 from .guider import ARGuider, ProductMixture
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModelLM
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ARGuider",
+    "CanvasStreamer",
     "DiffusionGenerationOutput",
     "DiffusionOptions",
     "DreamConfig",

@@ -23,13 +23,15 @@ def mask_character(console: Console) -> str:
 
 class CanvasStreamer:
     r"""
-    A streamer for a single prompt: hands on the text of the whole generated region after every denoising step.
+    A streamer for one or several prompts: hands on the text of their whole generated regions after every denoising
+    step, drafts and masks included.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Turns ids into text.
         mask_token_id (`int`): The id of a masked position.
         end_token_ids (`set[int]`): What is behind one of these is not shown.
-        show (`Callable`): Is called with a `rich.text.Text` after each step.
+        show (`Callable`): Is called with a `rich.text.Text` after each step, for example `rich.live.Live.update`. The
+            rows of a batch stand below each other, an empty line between them.
         mask (`str`, *optional*, defaults to `"░"`): Drawn for each masked position.
         pause (`float`, *optional*, defaults to 0): Seconds to wait after each step.
     """
@@ -55,28 +57,29 @@ class CanvasStreamer:
             self.prompt_length = ids.shape[-1]
 
     def put_draft(self, canvas: torch.LongTensor) -> None:
-        """Show `canvas`, shape `(1, canvas_length)`."""
-        ids = canvas[0, self.prompt_length :].tolist()
-        self.show(self.render(ids))
-        self.shown = ids
+        """Show `canvas`, shape `(batch_size, canvas_length)`."""
+        rows = canvas[:, self.prompt_length :].tolist()
+        before = self.shown or [None] * len(rows)
+        self.show(Text("\n\n").join(self.render(*both) for both in zip(rows, before, strict=True)))
+        self.shown = rows
         time.sleep(self.pause)
 
     def end(self) -> None:
         """Forget the prompt: the streamer can be used again."""
         self.prompt_length, self.shown = None, []
 
-    def render(self, ids: list[int]) -> Text:
-        """The text of a generated region, up to its first end token."""
+    def render(self, ids: list[int], before: list[int] | None = None) -> Text:
+        """The text of a generated region, up to its first end token; `before` is what it held a step ago."""
         end = next((index for index, token_id in enumerate(ids) if token_id in self.end_token_ids), len(ids))
         text = Text()
         # A run of one style is decoded at once, because a character may be spread over several tokens.
-        for style, run in groupby(enumerate(ids[:end]), key=lambda item: self._style(*item)):
+        for style, run in groupby(enumerate(ids[:end]), key=lambda item: self._style(*item, before)):
             run_ids = [token_id for _, token_id in run]
             text.append(f" {self.mask}" * len(run_ids) if style == MASKED else self.tokenizer.decode(run_ids), style)
         return text
 
-    def _style(self, index: int, token_id: int) -> str:
+    def _style(self, index: int, token_id: int, before: list[int] | None) -> str:
         if token_id == self.mask_token_id:
             return MASKED
-        was_masked = not self.shown or self.shown[index] == self.mask_token_id
+        was_masked = before is None or before[index] == self.mask_token_id
         return FRESH if was_masked else WRITTEN

@@ -75,3 +75,11 @@ def test_a_streamer_can_be_used_again(streamer, frames):
 @pytest.mark.parametrize(("encoding", "character"), [("utf-8", "░"), ("ascii", "_")])
 def test_the_mask_is_a_character_that_the_console_can_print(encoding, character):
     assert mask_character(Console(file=io.TextIOWrapper(io.BytesIO(), encoding=encoding))) == character
+
+
+def test_the_rows_of_a_batch_stand_below_each_other(streamer, frames):
+    streamer.put(torch.tensor([[7], [7]]))
+    streamer.put_draft(torch.tensor([[7, MASK, 3], [7, 2, MASK]]))
+    streamer.put_draft(torch.tensor([[7, 2, 3], [7, 2, 3]]))
+    assert [frame.plain for frame in frames] == [" _ three\n\n two _", " two three\n\n two three"]
+    assert styled(frames[1]) == [(" two", FRESH), (" three", FRESH)]
