@@ -82,10 +82,10 @@ class Checkpoint:
             )
         return cls(load_weights("--model", name, device, dtype), load_tokenizer("--model", name))
 
-    def load_guider(self, name: str, device: str = "auto", dtype: str = "auto") -> ARGuider:
-        """A guider from the autoregressive model in a folder or on the Hub, which may have another tokenizer."""
+    def load_guider(self, name: str, device: str = "auto", dtype: str = "auto", **settings) -> ARGuider:
+        """A guider with `settings` from the model in a folder or on the Hub, which may have another tokenizer."""
         model, tokenizer = load_guider(name, device, dtype), load_tokenizer("--guider", name)
-        return ARGuider(model, tokenizer=tokenizer, canvas_tokenizer=self.tokenizer)
+        return ARGuider(model, tokenizer=tokenizer, canvas_tokenizer=self.tokenizer, **settings)
 
     @property
     def end_token_ids(self) -> set[int]:
