@@ -8,9 +8,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .cache import FreeCache
 from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
+from .display import CanvasStreamer
 from .generation import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_config import DiffusionOptions
-from .display import CanvasStreamer
 from .guider import ARGuider, ProductMixture
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModelLM

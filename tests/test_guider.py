@@ -444,3 +444,24 @@ def test_a_row_with_these_options_decodes_alone_as_in_a_batch(tiny, decode, guid
         assert in_batch == text + [0] * (len(in_batch) - len(text))
         for field in ("nfe", "guider_forwards", "drafts_judged", "drafts_accepted"):
             assert batch[field][row] == alone[field][0]
+
+
+class Vocabulary:
+    is_fast = True
+
+    def __init__(self, **tokens):
+        self.tokens = {f"word{index}": index for index in range(200)} | tokens
+
+    def get_vocab(self):
+        return self.tokens
+
+
+def test_tokenizers_that_differ_by_an_added_token_read_ids_and_others_read_text(guider):
+    plain, with_mask, moved = Vocabulary(), Vocabulary(mask=200), Vocabulary(word0=5)
+    assert not ARGuider(guider, tokenizer=plain, canvas_tokenizer=with_mask).reads_text
+    assert ARGuider(guider, tokenizer=moved, canvas_tokenizer=plain).reads_text
+
+
+def test_one_tokenizer_without_the_other_is_refused(guider):
+    with pytest.raises(ValueError, match="^`tokenizer` and `canvas_tokenizer` must be given together"):
+        ARGuider(guider, tokenizer=Vocabulary())
