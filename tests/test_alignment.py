@@ -40,7 +40,8 @@ def test_every_guider_token_knows_the_canvas_tokens_whose_text_it_shares(canvas_
     ids = canvas_tokenizer("Hana has 12é").input_ids + [0]
     translation = alignment.translate(ids)
     pieces = [
-        (byte_tokenizer.convert_ids_to_tokens(one), span) for one, span in zip(translation.ids, translation.spans)
+        (byte_tokenizer.convert_ids_to_tokens(one), span)
+        for one, span in zip(translation.ids, translation.spans, strict=True)
     ]
     assert [span for _, span in pieces[:4]] == [(0, 0)] * 4  # H, a, n, a
     assert ("Ġ12", (2, 3)) in pieces  # ` 1` and `2` of the canvas
