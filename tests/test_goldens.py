@@ -440,3 +440,24 @@ def test_dkv_llada_greedy(decode, monkeypatch, case):
     monkeypatch.setattr(hf_flashdlm.generation, "Drafter", lambda *args: lambda scores: parts[0].draft(scores))
     options = llada_options(settings, steps=settings["steps"], window_policy="dkv")
     assert_equal(decode(case, change, **options), case)
+
+
+@parametrize("llada_loglikelihood")
+def test_llada_log_likelihood(load, case):
+    """The recorded draws, scored by our model: the estimate is theirs."""
+    prompt_length, scale = len(case["prompt_ids"]), 1 + case["settings"]["cfg_scale"]
+    answer = torch.tensor(case["answer_ids"])
+    losses = []
+    for batch in case["batches"]:
+        canvas = torch.tensor(batch["perturbed"])
+        without_prompt = canvas.clone()
+        without_prompt[:, :prompt_length] = case["settings"]["mask_id"]
+        with torch.no_grad():
+            conditional, unconditional = load(case["model"])(torch.cat([canvas, without_prompt])).logits.chunk(2)
+        logits = (unconditional + scale * (conditional - unconditional))[:, prompt_length:]
+        loss = torch.nn.functional.cross_entropy(logits.mT, answer.expand(len(canvas), -1), reduction="none")
+        masked = canvas[:, prompt_length:] == case["settings"]["mask_id"]
+        ratio = torch.tensor(batch["p_mask"])[:, None]  # of each row
+        losses.append(float((loss / ratio)[masked].sum() / len(canvas)))
+    assert losses == pytest.approx(case["batch_losses"], rel=1e-4)
+    assert -sum(losses) / len(losses) == pytest.approx(case["log_likelihood"], rel=1e-4)
