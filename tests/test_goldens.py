@@ -1,7 +1,7 @@
 """Outputs of the original implementations on tiny models, reproduced by settings (see tests/goldens/README.md).
 
-Every case is compared in ids and in the query length of every forward, unless `EXCEPTIONS` names what the original
-does wrong. Where an original has a habit that is not an option of ours, the test swaps the part that has it.
+Every case is compared in ids and in the query length of every forward, unless the original is wrong: the README's table
+of differences says where and how. Where an original has a habit that is not an option of ours, the test swaps the part that has it.
 """
 
 import json
@@ -22,16 +22,6 @@ from hf_flashdlm.windows import DKVWindow, Window
 
 
 GOLDENS = Path(__file__).parent / "goldens"
-
-# Cases whose original is wrong: what it does, what we do.
-EXCEPTIONS = {
-    "surplus-steps": "runs forwards for a block that is complete; we go on to the next block",
-    "quirk-one-step-per-block": "misplaces blocks, or leaves masks; we equal the patched twin, or leave none",
-    "quirk-dual-threshold-few-steps": "stops after `steps` forwards and returns masks; we go on until none is left",
-    "early-stop": "overwrites what is behind an end token; we end the row when all before it is written",
-    "ties": "takes any of several positions with confidence 1; we take them in their order in higher precision",
-    "shift_type=right": "writes position 0 from undefined scores",
-}
 
 
 def cases(name):
