@@ -1,7 +1,8 @@
 """Outputs of the original implementations on tiny models, reproduced by settings (see tests/goldens/README.md).
 
-Every case is compared in ids and in the query length of every forward, unless the original is wrong: the README's table
-of differences says where and how. Where an original has a habit that is not an option of ours, the test swaps the part that has it.
+Every case is compared in ids and in the query length of every forward, unless the original is wrong: the table of
+differences in the README says where and how. Where an original has a habit that is not an option of ours, the test
+swaps the part that has it.
 """
 
 import json
