@@ -17,7 +17,7 @@ PARTS = {
     "threshold": ({"confidence_threshold": 0.9}, {}),
     "guider": ({}, {}),
     "union": ({}, {"combine": "union"}),
-    "intersection": ({}, {"combine": "intersection", "confidence_threshold": 0.7}),
+    "intersection": ({}, {"combine": "intersection", "confidence_threshold": 0.5}),
     "beyond": ({}, {"beyond_prefix": True}),
 }
 # What is put together. The window is FreeCache's; the last three are the guider's, which takes the place of
@@ -52,12 +52,25 @@ COMBINATIONS = (
     "FreeCache window guider union beyond",
     "EOS FreeCache window guider union beyond",
 )
-BLOCK_LENGTHS = (1, 4, 8, 16, 64)
+BLOCK_LENGTHS = (1, 2, 4, 8, 16, 64)
 RIGHT_WINDOWS = (8, 16, 32)
 TOP_KS = (1, 2, 3, 5)
 RELATIVE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LOW_THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8)
-RULES = {"top1": {"accept": "top1"}, "topk 5": {"accept": "topk", "top_k": 5}, "relative": {}}
+RULES = {
+    "top1": {"accept": "top1"},
+    "topk 5": {"accept": "topk", "top_k": 5},
+    "relative": {},
+    "relative, k 5": {"top_k": 5},
+}
+UNGUIDED = {
+    "threshold 0.8": {"confidence_threshold": 0.8},
+    "threshold 0.95": {"confidence_threshold": 0.95},
+    "factor 0.5": {"confidence_threshold": None, "factor": 0.5},
+    "factor 1": {"confidence_threshold": None, "factor": 1.0},
+    "Frechet 0.5": {"confidence_threshold": None, "frechet_delta": 0.5},
+    "entropy bound 0.1": {"confidence_threshold": None, "entropy_bound": 0.1},
+}
 NUM_DRAFTS = (4, 8, 16, 32, 64)
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -123,6 +136,10 @@ def block_rows(new_tokens: int):
             yield "block length", f"threshold, block {length}", "EOS FreeCache threshold", block
             yield "block length", f"beyond, block {length}", "EOS FreeCache guider beyond", block
             yield "block length", f"union + beyond, block {length}", "EOS FreeCache guider union beyond", block
+            yield "block length", f"intersection, block {length}", "EOS FreeCache guider intersection", block
+        if length in (2, 4, 8):
+            for name, rule in UNGUIDED.items():
+                yield "unguided rules", f"{name}, block {length}", "EOS FreeCache threshold", block | rule
     for width in RIGHT_WINDOWS:
         window = {"right_window": width}
         yield "right window", f"threshold, window {width}", "EOS FreeCache window threshold", window
@@ -154,5 +171,5 @@ def rule_rows():
 
 def size_rows(guider: str):
     """Group, name and parts of the settings of one guider."""
-    for parts in ("guider", "guider union", "guider union beyond"):
+    for parts in ("guider", "guider union", "guider intersection"):
         yield "guider size", f"{guider}: {parts.replace(' ', ' + ')}", f"EOS FreeCache {parts}"

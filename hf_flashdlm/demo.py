@@ -28,13 +28,7 @@ MAX_NEW_TOKENS = 64
 SECONDS_PER_FORWARD = 0.04
 
 # The embedded guider alone is right in seven of ten: it may only say no to what the diffusion model is sure of.
-GUIDANCE = {
-    "accept": "topk_relative",
-    "top_k": 5,
-    "relative_threshold": 0.2,
-    "combine": "intersection",
-    "confidence_threshold": 0.6,
-}
+GUIDANCE = {"combine": "intersection", "confidence_threshold": 0.5}
 
 NOTES = """\
 NFE: forwards of the diffusion model; guider: forwards of the guider; active:

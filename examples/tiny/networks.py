@@ -31,7 +31,11 @@ AR_SIZE = {
     "num_hidden_layers": 2,
 }
 DLM_SIZE = AR_SIZE | {"num_hidden_layers": 6}
-GUIDER_SIZE = AR_SIZE | {"hidden_size": 96, "intermediate_size": 256}
+GUIDER_SIZES = {
+    "small": AR_SIZE | {"hidden_size": 48, "intermediate_size": 128},
+    "medium": AR_SIZE | {"hidden_size": 96, "intermediate_size": 256},
+    "large": AR_SIZE,
+}
 INHERITED_LAYERS = {1: 0, 3: 1}  # layer of the diffusion model: layer of the AR model it starts as
 
 
@@ -46,9 +50,9 @@ def build_network(size: dict[str, int], tokenizer: PreTrainedTokenizerFast, caus
     return network
 
 
-def build_guider(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A freshly initialised guider."""
-    return LlamaForCausalLM(LlamaConfig(**GUIDER_SIZE, **shared_settings(tokenizer)))
+def build_guider(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A freshly initialised guider of one of `GUIDER_SIZES`."""
+    return LlamaForCausalLM(LlamaConfig(**GUIDER_SIZES[size], **shared_settings(tokenizer)))
 
 
 def shared_settings(tokenizer: PreTrainedTokenizerFast) -> dict:

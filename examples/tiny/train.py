@@ -30,6 +30,7 @@ from decoding import continue_greedily, decode, exact_match
 from networks import (
     AR_SIZE,
     DLM_SIZE,
+    GUIDER_SIZES,
     build_guider,
     build_network,
     export_dlm,
@@ -92,6 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ar-steps", type=int, default=900)
     parser.add_argument("--guider-steps", type=int, default=265)
+    parser.add_argument("--guider-size", choices=GUIDER_SIZES, default="medium", help="all but medium: beside this file")
     parser.add_argument("--dlm-steps", type=int, default=2070)
     parser.add_argument("--dlm-minutes", type=float, default=1e9, help="end the diffusion stage after this long")
     parser.add_argument("--batch-size", type=int, default=64, help="rows per rank and step of the causal stages")
@@ -146,15 +148,15 @@ def train_ar(run: Run) -> None:
 
 def train_guider(run: Run) -> None:
     """Stage 2: the guider, a fraction of the diffusion model and stopped before it is perfect."""
-    network = build_guider(run.tokenizer)
-    dlm_parameters = num_parameters(build_network(DLM_SIZE, run.tokenizer))
-    assert 4 * num_parameters(network) <= dlm_parameters, "the guider must be at most a quarter of the diffusion model"
+    size = run.options.guider_size
+    network = build_guider(size, run.tokenizer)
     plan = Plan("guider", run.options.guider_steps, muon_lr=6e-3, adamw_lr=3e-3, flat=0.6)
     train(network, causal_batches(run.rows(seed=2), run.options.batch_size), plan, run.log)
     record_exam(run, "guider", continue_greedily, network, run.options.quick_exam_size)
     torch.save(network.state_dict(), run.options.work / "guider.pt")
     if run.rank == 0:
-        export_guider(network, run.tokenizer, run.options.out / "hf_flashdlm/tiny/guider")
+        folder = "hf_flashdlm/tiny/guider" if size == "medium" else f"examples/tiny/guiders/{size}"
+        export_guider(network, run.tokenizer, run.options.out / folder)
 
 
 def train_dlm(run: Run) -> None:
@@ -193,7 +195,7 @@ def evaluate(run: Run) -> None:
     """Stage 4: decodes the held-out problems with the rounded weights, and writes problems, log and results."""
     dlm = build_network(DLM_SIZE, run.tokenizer, causal=False)
     dlm.load_state_dict(torch.load(run.options.work / "dlm.pt"))
-    guider = build_guider(run.tokenizer)
+    guider = build_guider("medium", run.tokenizer)
     guider.load_state_dict(torch.load(run.options.work / "guider.pt"))
     round_weights(dlm), round_weights(guider)
     size = run.options.exam_size
