@@ -58,6 +58,7 @@ def recipes(new_tokens: int, block_length: int) -> dict[str, Recipe]:
         Recipe("guided+window", {"window_policy": "freecache"} | window, "guider"),
         Recipe("guided+union", {"window_policy": "freecache"}, "guider", {"combine": "union"}),
         Recipe("guided+intersection", {"window_policy": "freecache"}, "guider", both),
+        Recipe("guided+window+intersection", {"window_policy": "freecache"} | window, "guider", both),
         Recipe("ar", loop=decode_twin, speaks=False),
     ]
     return {recipe.name: recipe for recipe in table}

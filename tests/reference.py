@@ -42,6 +42,25 @@ def fastdllm_dual(model, input_ids, max_new_tokens, block_length):
     return fastdllm_prefix(model, input_ids, max_new_tokens, block_length, dual=True)
 
 
+@torch.no_grad()
+def flashdlm_freecache(model, input_ids, max_new_tokens, block_length):
+    """FreeCache as the paper states it: one full forward, then all behind the finished blocks, which stay frozen."""
+    canvas = _start(model, input_ids, max_new_tokens)
+    positions = torch.arange(canvas.shape[1], device=canvas.device)
+    cache = DynamicCache()
+    logits, first = model(canvas, past_key_values=cache, use_cache=True).logits, 0
+    for start, stop in _blocks(input_ids.shape[1], canvas.shape[1], block_length):
+        for _ in range(stop - start):
+            if logits is None:
+                first = start - _shift(model)
+                cache.crop(first - cache.get_seq_length())
+                rows = positions[first:].expand(len(canvas), -1)
+                logits = model(canvas[:, first:], position_ids=rows, past_key_values=cache, use_cache=True).logits
+            _write(model, canvas, start, stop, logits, first)
+            logits = None
+    return canvas
+
+
 def _start(model, input_ids, max_new_tokens):
     masks = torch.full((len(input_ids), max_new_tokens), model.config.mask_token_id, device=input_ids.device)
     return torch.cat([input_ids, masks], 1)
@@ -67,4 +86,9 @@ def _write(model, canvas, start, stop, logits, first=0):
     canvas[:, start:stop] = canvas[:, start:stop].scatter(1, best, token_ids.gather(1, best))
 
 
-METHODS = {"reference plain": llada, "reference prefix": fastdllm_prefix, "reference dual": fastdllm_dual}
+METHODS = {
+    "reference plain": llada,
+    "reference prefix": fastdllm_prefix,
+    "reference dual": fastdllm_dual,
+    "reference freecache": flashdlm_freecache,
+}
