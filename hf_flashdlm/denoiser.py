@@ -85,11 +85,11 @@ class Denoiser:
         attended = int(window.attended.max())
         if window.scored is not None:
             return self._plan_scattered(window, source, attended)
-        start, stop, computed = int(lo[0]), int(window.hi[0]), window.hi - lo
+        starts, stops, computed = lo.tolist(), window.hi.tolist(), window.hi - lo
         slots = (source - lo[:, None]).clamp(min=0, max=int(computed.max()) - 1)
-        if (lo == start).all() and (window.hi == stop).all():
-            self.cache.window(start, stop, attended)
-            return slice(start, stop), slots, computed
+        if len(set(starts)) == len(set(stops)) == 1:
+            self.cache.window(starts[0], stops[0], attended)
+            return slice(starts[0], stops[0]), slots, computed
         # A row with a smaller window repeats its last position: the same states are computed and stored twice.
         feed = torch.minimum(lo[:, None] + torch.arange(int(computed.max())), window.hi[:, None] - 1)
         self.cache.scatter(feed, attended)

@@ -182,11 +182,12 @@ def denoise(
         # 4. unmasking
         quota, next_step = method.schedule(state)
         unmask = select(confidence, candidate.to(confidence.device), quota.to(confidence.device), method.rule)
-        state = _write(state, positions, token_ids, unmask, due=candidate.any(1) & (quota > 0))
+        written = _write(state, positions, token_ids, unmask, due=candidate.any(1) & (quota > 0))
         if entropy is not None:
-            state = replace(state, written_entropy=entropy.masked_fill(~unmask, 0).amax(1).cpu())
+            written["written_entropy"] = entropy.masked_fill(~unmask, 0).amax(1).cpu()
         state = replace(
             state,
+            **written,
             step=next_step,
             block_nfe=state.block_nfe + 1,
             nfe=state.nfe + 1,
@@ -201,8 +202,8 @@ def denoise(
             processors.batch_select_indices(unfinished)
 
 
-def _write(state: DenoisingState, positions, token_ids, unmask, due: torch.BoolTensor) -> DenoisingState:
-    """Put the chosen tokens on a new canvas and find the new frontiers: the one transfer of a step."""
+def _write(state: DenoisingState, positions, token_ids, unmask, due: torch.BoolTensor) -> dict:
+    """The new canvas with the chosen tokens, and the new frontiers: the one transfer of a step."""
     positions = positions.to(state.canvas.device)
     written = torch.where(unmask, token_ids, state.canvas.gather(1, positions))
     canvas = state.canvas.scatter(1, positions, written)
@@ -215,11 +216,10 @@ def _write(state: DenoisingState, positions, token_ids, unmask, due: torch.BoolT
             "finite score. A logits processor must leave each unfinished row a candidate other than the mask token."
         )
     frontier = torch.where(masked.any(1), masked.int().argmax(1), masked.shape[1])[:, None]
-    return replace(
-        state,
-        canvas=canvas,
-        tokens=tokens,
-        masked=masked,
-        previously_masked=state.masked,
-        frontiers=torch.cat([frontier, state.frontiers[:, :-1]], 1),
-    )
+    return {
+        "canvas": canvas,
+        "tokens": tokens,
+        "masked": masked,
+        "previously_masked": state.masked,
+        "frontiers": torch.cat([frontier, state.frontiers[:, :-1]], 1),
+    }

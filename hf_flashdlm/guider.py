@@ -74,7 +74,6 @@ class ARReader(LogitsProcessor):
         self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
         self.cache = DynamicCache(config=self.model.config)
         self.committed = 0  # length of the clean prefix that all rows shared at the last call
-        self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
         self.rows = torch.arange(len(canvas_mask))
         self.forwards = torch.zeros(len(canvas_mask), dtype=torch.long)
         self.seconds = 0.0
@@ -83,7 +82,6 @@ class ARReader(LogitsProcessor):
         """Keep the rows `indices` (on the CPU) of the batch."""
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
-        self.seen = self.seen[rows]
         if self.cache.is_initialized:
             self.cache.batch_select_indices(rows)
         self.rows = self.rows[indices]
@@ -131,8 +129,11 @@ class ARReader(LogitsProcessor):
         canvas = canvas.clamp_max(self.vocab_size - 1)  # what the guider does not know it cannot accept
         start = max(self.committed - 1, 0)
         stop = max(int(positions.max()), start + 1)
-        if not torch.equal(self.seen[:, :start], canvas[:, :start]):
-            raise RuntimeError("The canvas left of the frontier has changed since the last call: `reset` the guider.")
+        if int(frontier.min()) < self.committed:
+            raise RuntimeError(
+                f"`frontier` must not move back from one call to the next, got {int(frontier.min())} after "
+                f"{self.committed}: `reset` the guider before another canvas."
+            )
         self.cache.crop(min(start - self.cache.get_seq_length(), 0))
         first = max(int(positions.min()) - 1 - start, 0)
         logits = self.model(
@@ -144,7 +145,6 @@ class ARReader(LogitsProcessor):
             logits_to_keep=stop - start - first,
         ).logits
         self.committed = int(frontier.min())
-        self.seen = canvas[:, : self.committed]
         self.forwards[self.rows[asked]] += 1
         slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
         return logits[torch.arange(len(slots), device=logits.device)[:, None], slots].to(input_ids.device)
@@ -252,8 +252,7 @@ class ARGuider(ARReader):
         """See [`ARReader.reset`]."""
         super().reset(diffusion_model, *args, **kwargs)
         self.text_reader = self._text_reader(diffusion_model) if self.reads_text else None
-        self.judged = torch.zeros_like(self.forwards)
-        self.accepted_lengths: list[list[int]] = [[] for _ in self.rows]
+        self.counts = []  # of each step: rows asked, drafts judged and accepted in each; on the scores' device
         ratio = self.cost_ratio
         if self.gate is not None and ratio is None:
             ratio = self.model.num_parameters() / diffusion_model.num_parameters()
@@ -334,18 +333,22 @@ class ARGuider(ARReader):
         return known & (better < self.top_k) & (score.squeeze(-1) - logits.amax(-1) >= self.log_threshold)
 
     def _count(self, judged: torch.BoolTensor, prefix: torch.BoolTensor, asked: torch.BoolTensor) -> None:
-        counts = torch.stack([judged.sum(1), prefix.sum(1)]).cpu()
-        self.judged[self.rows] += counts[0]
-        for row, was_asked, accepted in zip(self.rows.tolist(), asked.tolist(), counts[1].tolist(), strict=True):
-            if was_asked:
-                self.accepted_lengths[row].append(accepted)
+        on_device = asked.nonzero().squeeze(1).to(judged.device)
+        self.counts.append((self.rows[asked], torch.stack([judged.sum(1), prefix.sum(1)], 1)[on_device]))
 
     def statistics(self, total_seconds: float) -> dict:
         """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
+        judged = [0] * len(self.forwards)
+        lengths: list[list[int]] = [[] for _ in judged]
+        rows = [row for asked, _ in self.counts for row in asked.tolist()]
+        counts = torch.cat([step for _, step in self.counts]).tolist() if rows else []  # the only transfer
+        for row, (num_judged, num_accepted) in zip(rows, counts, strict=True):
+            judged[row] += num_judged
+            lengths[row].append(num_accepted)
         return super().statistics(total_seconds) | {
-            "drafts_judged": self.judged,
-            "drafts_accepted": torch.tensor([sum(lengths) for lengths in self.accepted_lengths]),
-            "accepted_lengths": self.accepted_lengths,
+            "drafts_judged": torch.tensor(judged),
+            "drafts_accepted": torch.tensor([sum(one) for one in lengths]),
+            "accepted_lengths": lengths,
             "gate_closed_at": None if self.gates is None else self.gates.closed_at,
         }
 

@@ -34,7 +34,7 @@ class DiffusionGenerationOutput(ModelOutput):
         gate_closed_at (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
             Step from which on the guider was not asked any more, -1 where it was to the end. Only with a gate.
         guider_time_share (`float`, *optional*):
-            Share of the time of the whole decode spent in the guider. Only with a guider.
+            Share of the time of the whole decode spent in the guider, on a GPU in launching it. Only with a guider.
     """
 
     sequences: torch.LongTensor | None = None

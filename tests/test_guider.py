@@ -143,8 +143,9 @@ def test_the_longest_accepted_prefix_comes_back_with_its_drafts_as_only_scores(a
     chosen = result.argmax(-1)[0].tolist()
     assert [position for position in range(3, 9) if position != 5 and chosen[position - 3] != 0] == written
     assert all(chosen[position - 3] == [1, 2, 3, 4, 5, 1][position - 3] for position in written)
-    assert guider.judged.tolist() == [4]
-    assert guider.accepted_lengths == [[len([p for p in written if p in accepted])]]
+    statistics = guider.statistics(total_seconds=1.0)
+    assert statistics["drafts_judged"].tolist() == [4]
+    assert statistics["accepted_lengths"] == [[len([p for p in written if p in accepted])]]
 
 
 # --- whole decodes ---------------------------------------------------------------------------------------------------
@@ -269,7 +270,7 @@ class Recomputing(Decided):
 
     def _read(self, *args):
         self.cache.crop(-self.cache.get_seq_length()) if self.cache.get_seq_length() else None
-        self.committed, self.seen = 0, self.seen[:, :0]
+        self.committed = 0
         logits = super()._read(*args)
         self.logits.append(logits)
         return logits
@@ -325,25 +326,24 @@ def test_every_forward_reads_from_the_last_committed_token_on(tiny, decode, deci
     assert all(cached + fed == 31 for cached, fed in read)
 
 
-def test_a_prefix_that_was_changed_is_noticed():
+def test_a_canvas_that_was_not_announced_is_noticed():
     canvas, positions = torch.tensor([[1, 2, 3, 0, 0]]), torch.arange(3, 5)[None]
     guider = alphabet_guider(always)
     guider.model = lambda input_ids, past_key_values, logits_to_keep, **_: SimpleNamespace(
         logits=torch.zeros(1, logits_to_keep, 6)
     )
     judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)
-    canvas[0, 1] = 5
     with pytest.raises(
-        RuntimeError, match="^The canvas left of the frontier has changed since the last call: `reset`"
+        RuntimeError, match="^`frontier` must not move back from one call to the next, got 2 after 3: `reset`"
     ):
-        judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)
+        judge(guider, canvas, torch.zeros(1, 2, 6), positions, 2)
 
 
 def test_a_guider_that_is_used_again_remembers_nothing(tiny, decode, guider):
     judge = guider(accept="topk", top_k=5)
     first = decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
     decode(tiny("dream_trained"), [[9] * 30], guider=judge, **OPTIONS)
-    judge.canvas_mask = judge.seen = judge.cache = None
+    judge.canvas_mask = judge.cache = None
     again = decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
     for field in ("sequences", "nfe", "guider_forwards", "drafts_judged", "drafts_accepted"):
         assert again[field].tolist() == first[field].tolist()
