@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.compiler import is_compiling
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -201,7 +202,8 @@ class FreeCache(DynamicCache):
         self.frozen_length = length
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        if layer_idx == 0 and (self.lowest < self.frozen_length).any():
+        # A compiled forward cannot look: `scatter`, which it comes behind, has.
+        if layer_idx == 0 and not is_compiling() and (self.lowest < self.frozen_length).any():
             raise ValueError(
                 f"The next forward would rewrite frozen positions: it starts at {self.lowest.tolist()}, frozen are "
                 f"{self.frozen_length.tolist()}. Call `window` before it."

@@ -8,7 +8,11 @@ Knows nothing of blocks, policies, or how tokens are chosen.
 import torch
 
 from .cache import FreeCache
+from .compiling import Forward
 from .windows import Window
+
+
+WIDTH_STEP = 16  # a compiled forward takes multiples of so many positions, that few shapes have to be compiled
 
 
 class Denoiser:
@@ -20,10 +24,16 @@ class Denoiser:
         canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas holds padding.
         cache (`FreeCache`, *optional*): A fresh cache; without one every forward starts from the window's tokens.
         logits_shift (`int`): 1 for models whose output at position p - 1 scores position p (Dream), else 0.
+        compile_config (`CompileConfig`, *optional*):
+            Compile the forward, as the host does, for static shapes: windows are filled up with copies of their last
+            position, queries see all keys through a mask. The first forward, which makes the buffers, stays eager.
     """
 
-    def __init__(self, model, canvas_mask: torch.LongTensor, cache: FreeCache | None, logits_shift: int):
-        self.model = model
+    def __init__(
+        self, model, canvas_mask: torch.LongTensor, cache: FreeCache | None, logits_shift: int, compile_config=None
+    ):
+        self.forward = Forward(model, compile_config)
+        self.is_static = compile_config is not None
         self.cache = cache
         self.shift = logits_shift
         self.first = canvas_mask.argmax(1).cpu()  # where each row begins, behind its padding
@@ -55,18 +65,24 @@ class Denoiser:
         """
         feed, slots, computed = self._plan(window, positions, frontier)
         first, last = int(slots.min()), int(slots.max())
-        logits = self.model(
+        kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
+        fed = feed.stop - feed.start if isinstance(feed, slice) else feed.shape[1]
+        logits = self.forward(
             input_ids=canvas[:, feed] if isinstance(feed, slice) else canvas.gather(1, feed),
             position_ids=self.position_ids[:, feed] if isinstance(feed, slice) else self.position_ids.gather(1, feed),
             attention_mask=self._attention_mask(window.attended),
             past_key_values=self.cache,
             use_cache=self.cache is not None,
-            logits_to_keep=torch.arange(first, last + 1, device=canvas.device),
+            logits_to_keep=kept.clamp_max(fed - 1),
         ).logits
         if slots.shape[1] != logits.shape[1] or not (slots == slots[:1]).all():
             rows = torch.arange(len(slots), device=logits.device)[:, None]
             logits = logits[rows, (slots - first).to(logits.device)]
         return logits.float(), computed
+
+    def _width(self, width: int) -> int:
+        """`width`, or for static shapes the next of the few that are compiled."""
+        return -(-width // WIDTH_STEP) * WIDTH_STEP if self.is_static else width
 
     def _plan(self, window: Window, positions: torch.LongTensor, frontier: torch.LongTensor):
         """
@@ -82,16 +98,16 @@ class Denoiser:
         if (window.frozen < self.cache.frozen_length).any():
             self.cache.thaw()
         self.cache.freeze(torch.minimum(window.frozen, lo))
-        attended = int(window.attended.max())
+        attended = self.canvas_mask.shape[1] if self._sees_all else int(window.attended.max())
         if window.scored is not None:
             return self._plan_scattered(window, source, attended)
         starts, stops, computed = lo.tolist(), window.hi.tolist(), window.hi - lo
         slots = (source - lo[:, None]).clamp(min=0, max=int(computed.max()) - 1)
-        if len(set(starts)) == len(set(stops)) == 1:
+        if len(set(starts)) == len(set(stops)) == 1 and not self._sees_all:
             self.cache.window(starts[0], stops[0], attended)
             return slice(starts[0], stops[0]), slots, computed
         # A row with a smaller window repeats its last position: the same states are computed and stored twice.
-        feed = torch.minimum(lo[:, None] + torch.arange(int(computed.max())), window.hi[:, None] - 1)
+        feed = torch.minimum(lo[:, None] + torch.arange(self._width(int(computed.max()))), window.hi[:, None] - 1)
         self.cache.scatter(feed, attended)
         return feed.to(self.canvas_mask.device), slots, computed
 
@@ -106,16 +122,22 @@ class Denoiser:
                 fed[:, -1] = fed[:, -2]
         fed = fed & (torch.arange(fed.shape[1]) >= window.frozen[:, None])
         computed = fed.sum(1)
-        order = (~fed).long().argsort(dim=1, stable=True)[:, : int(computed.max())]
-        feed = order.gather(1, torch.minimum(torch.arange(order.shape[1]), computed[:, None] - 1))
+        order = (~fed).long().argsort(dim=1, stable=True)
+        slot = torch.arange(self._width(int(computed.max())))
+        feed = order.gather(1, torch.minimum(slot, computed[:, None] - 1))
         self.cache.scatter(feed, attended)
         slots = (fed.cumsum(1) - 1).clamp_min(0).gather(1, source)
         return feed.to(self.canvas_mask.device), slots, computed
 
+    @property
+    def _sees_all(self) -> bool:
+        """Whether the keys are the whole buffer, and only the mask says which of them are seen."""
+        return self.is_static and self.cache is not None and self.cache.is_initialized
+
     def _attention_mask(self, attended: torch.LongTensor) -> torch.LongTensor | None:
         """2D mask over the attended keys, `None` where every row sees them all."""
-        longest = int(attended.max())
-        uneven = not (attended == longest).all()
+        longest = self.canvas_mask.shape[1] if self._sees_all else int(attended.max())
+        uneven = self._sees_all or not (attended == longest).all()
         if not self.padded and not uneven:
             return None
         mask = self.canvas_mask[:, :longest]

@@ -56,6 +56,8 @@ class FlashDLMGenerationMixin(GenerationMixin):
             An autoregressive model that judges which drafts are written at once.
         generator (`torch.Generator`, *optional*): Source of randomness with `do_sample=True`.
 
+    The host's `compile_config` compiles the forwards of both models, the diffusion model's for static shapes.
+
     Returns:
         `torch.LongTensor` of shape `(batch_size, sequence_length)`, prompt included, or with
         `return_dict_in_generate=True` a [`DiffusionGenerationOutput`].
@@ -146,10 +148,11 @@ class FlashDLMGenerationMixin(GenerationMixin):
         prompt_length = layout.input_ids.shape[1]
         skip = prompt_length - input_ids.shape[1]  # a longer negative prompt pads the prompt
         method = choose_parts(options, prompt_length, num_new, None if guider is None else guider.lookahead)
-        denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs)
+        compile_config = generation_config.compile_config
+        denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs, compile_config)
         temperature = generation_config.temperature if generation_config.do_sample else None
         if guider is not None:
-            guider.reset(self, canvas_mask, mask_token_id, temperature, generator)
+            guider.reset(self, canvas_mask, mask_token_id, temperature, generator, compile_config)
         confidence = options.confidence if options.entropy_bound is None else "entropy"
         drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
         processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip)
@@ -260,20 +263,22 @@ def _split_guidance(logits_processor: LogitsProcessorList):
     return LogitsProcessorList(one for one in logits_processor if one is not guidance), guidance
 
 
-def _denoiser(model, canvas, canvas_mask, layout: _Layout, guidance, mask_token_id: int, model_kwargs):
+def _denoiser(  # noqa: PLR0913, what a call is made of
+    model, canvas, canvas_mask, layout: _Layout, guidance, mask_token_id: int, model_kwargs, compile_config
+):
     shift = getattr(model.config, "logits_shift", 0)
     cache = model_kwargs.get("past_key_values")
     if cache is not None:
         cache.target.canvas_length = canvas.shape[1]
     if guidance is None:
-        return Denoiser(model, canvas_mask, cache, shift)
+        return Denoiser(model, canvas_mask, cache, shift, compile_config)
     given = canvas != mask_token_id
     unconditional, unconditional_mask = torch.full_like(canvas, mask_token_id), canvas_mask
     if layout.negative_ids is not None:
         behind = (0, canvas.shape[1] - layout.negative_ids.shape[1])
         unconditional = pad(layout.negative_ids, behind, value=mask_token_id)
         unconditional_mask = pad(layout.negative_mask, behind, value=1)
-    denoiser = Denoiser(model, torch.cat([canvas_mask, unconditional_mask]), cache, shift)
+    denoiser = Denoiser(model, torch.cat([canvas_mask, unconditional_mask]), cache, shift, compile_config)
     return ClassifierFreeGuidance(denoiser, guidance.guidance_scale, unconditional, given)
 
 

@@ -6,11 +6,13 @@ schedules, windows or the diffusion model's cache. Its form is a logits processo
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from transformers import DynamicCache, LogitsProcessor
 
 from .alignment import Alignment, TextReader
+from .compiling import Forward
 from .unmasking import draft
 
 
@@ -46,7 +48,13 @@ class ARReader(LogitsProcessor):
         return False
 
     def reset(
-        self, diffusion_model, canvas_mask: torch.LongTensor, mask_token_id: int, temperature=None, generator=None
+        self,
+        diffusion_model,
+        canvas_mask: torch.LongTensor,
+        mask_token_id: int,
+        temperature=None,
+        generator=None,
+        compile_config=None,
     ) -> None:
         r"""
         Forget the last call; called at the start of every `generate`.
@@ -58,6 +66,7 @@ class ARReader(LogitsProcessor):
             temperature (`float`, *optional*): Draw the drafts, from scores divided by this, instead of taking the
                 most likely tokens.
             generator (`torch.Generator`, *optional*): Source of randomness when drawing.
+            compile_config (`CompileConfig`, *optional*): Compile the forward, for shapes of any size.
 
         Raises:
             ValueError: If the guider has another vocabulary.
@@ -72,6 +81,9 @@ class ARReader(LogitsProcessor):
         self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
         self.canvas_mask = canvas_mask.to(self.model.device)
         self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
+        if compile_config is not None:  # what it reads grows: no captured graph would be used twice
+            compile_config = replace(compile_config, dynamic=True, mode=None)
+        self.forward = Forward(self.model, compile_config)
         self.cache = DynamicCache(config=self.model.config)
         self.committed = 0  # length of the clean prefix that all rows shared at the last call
         self.rows = torch.arange(len(canvas_mask))
@@ -136,7 +148,7 @@ class ARReader(LogitsProcessor):
             )
         self.cache.crop(min(start - self.cache.get_seq_length(), 0))
         first = max(int(positions.min()) - 1 - start, 0)
-        logits = self.model(
+        logits = self.forward(
             input_ids=canvas[:, start:stop],
             attention_mask=self.canvas_mask[:, :stop],
             position_ids=self.position_ids[:, start:stop],

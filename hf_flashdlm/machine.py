@@ -127,7 +127,7 @@ class Probe:
     def __enter__(self) -> "Probe":
         self._hooks = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
-            self.model.register_forward_hook(lambda *_: self._ends.append(self._mark())),
+            self.model.register_forward_hook(self._end),
         ]
         return self
 
@@ -135,6 +135,12 @@ class Probe:
         for hook in self._hooks:
             hook.remove()
 
+    # Not to be compiled with the model: they change at every call.
+    @torch.compiler.disable
+    def _end(self, *_) -> None:
+        self._ends.append(self._mark())
+
+    @torch.compiler.disable
     def _begin(self, _, args, kwargs) -> None:
         ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
         cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)

@@ -111,7 +111,7 @@ def alphabet_guider(decide, **options):
     guider = Decided(model, decide, **options)
     diffusion_model = SimpleNamespace(config=model.config)
     guider.reset(diffusion_model, torch.ones(1, 9, dtype=torch.long), mask_token_id=0)
-    guider.model = lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=torch.zeros(1, logits_to_keep, 6))
+    guider.forward = lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=torch.zeros(1, logits_to_keep, 6))
     return guider
 
 
@@ -329,7 +329,7 @@ def test_every_forward_reads_from_the_last_committed_token_on(tiny, decode, deci
 def test_a_canvas_that_was_not_announced_is_noticed():
     canvas, positions = torch.tensor([[1, 2, 3, 0, 0]]), torch.arange(3, 5)[None]
     guider = alphabet_guider(always)
-    guider.model = lambda input_ids, past_key_values, logits_to_keep, **_: SimpleNamespace(
+    guider.forward = lambda input_ids, past_key_values, logits_to_keep, **_: SimpleNamespace(
         logits=torch.zeros(1, logits_to_keep, 6)
     )
     judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)

@@ -93,7 +93,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ar-steps", type=int, default=900)
     parser.add_argument("--guider-steps", type=int, default=265)
-    parser.add_argument("--guider-size", choices=GUIDER_SIZES, default="medium", help="all but medium: beside this file")
+    parser.add_argument(
+        "--guider-size", choices=GUIDER_SIZES, default="medium", help="all but medium: beside this file"
+    )
     parser.add_argument("--dlm-steps", type=int, default=2070)
     parser.add_argument("--dlm-minutes", type=float, default=1e9, help="end the diffusion stage after this long")
     parser.add_argument("--batch-size", type=int, default=64, help="rows per rank and step of the causal stages")

@@ -1,0 +1,98 @@
+"""Compiled forwards: equal tokens, few shapes, and a warning where a model cannot be compiled."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers.generation.configuration_utils import CompileConfig
+
+from hf_flashdlm import ARGuider
+
+
+EAGER = CompileConfig(backend="eager", mode=None)
+PROMPTS = [[5, 70, 200, 41, 333, 62, 90, 8], [77, 130, 402, 256], [300, 21, 450]]
+SETTINGS = [
+    {"window_policy": "none", "steps": 24},
+    {"window_policy": "none", "grow_canvas": True},
+    {"window_policy": "prefix", "confidence_threshold": 0.5},
+    {"window_policy": "dual", "confidence_threshold": 0.5},
+    {"window_policy": "dkv", "steps": 24},
+    {"confidence_threshold": 0.5},
+    {"right_window": 10, "left_margin": 3, "confidence_threshold": 0.5},
+    {"right_window": 10, "attend_stale": True, "refresh_blocks": 2},
+    {"grow_canvas": True},
+    {"guidance_scale": 1.5},
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    """Nothing compiled yet, nothing counted."""
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def num_graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("name", ["llada", "dream"])
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_tokens_and_counts_are_those_of_eager_forwards(tiny, decode, name, setting):
+    options = {"max_new_tokens": 24, "block_length": 8} | setting
+    eager = decode(tiny(name), PROMPTS, **options)
+    compiled = decode(tiny(name), PROMPTS, **options, compile_config=EAGER)
+    assert num_graphs() > 0
+    for field in ("sequences", "nfe", "active_tokens"):
+        assert compiled[field].equal(eager[field])
+
+
+def test_a_guider_is_compiled_too(tiny, decode):
+    options = {"max_new_tokens": 24, "block_length": 8}
+    guide = ARGuider(tiny("guider"), accept="topk", top_k=5)
+    eager = decode(tiny("dream_trained"), PROMPTS, guider=guide, **options)
+    counters.clear()
+    compiled = decode(tiny("dream_trained"), PROMPTS, guider=guide, **options, compile_config=EAGER)
+    assert guide.forward.compile_config.dynamic and tiny("guider")._last_compile_config.dynamic
+    assert num_graphs() > 1
+    assert compiled.sequences.equal(eager.sequences) and compiled.accepted_lengths == eager.accepted_lengths
+
+
+@pytest.mark.parametrize("guided", [False, True])
+@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[6]], ids=str)
+def test_nothing_is_compiled_again_after_warming_up(tiny, setting, guided):
+    model = tiny("dream_trained")
+    extra = {"guider": ARGuider(tiny("guider"))} if guided and "steps" not in setting else {}
+    prompts = torch.randint(3, 400, (8, 1, 12), generator=torch.Generator().manual_seed(0))
+    options = {"max_new_tokens": 48, "block_length": 16, "stop_at_eos": False, "compile_config": EAGER}
+    for prompt in prompts[:4]:  # a guider that reads a single token is a shape of its own
+        model.generate(prompt, **options | setting | extra)
+    warm = num_graphs()
+    assert warm > 0
+    for prompt in prompts[4:]:
+        model.generate(prompt, **options | setting | extra)
+    assert num_graphs() == warm
+
+
+def test_the_width_of_a_compiled_window_is_one_of_few(tiny, decode):
+    options = {"max_new_tokens": 40, "block_length": 8, "right_window": 12, "steps": 40, "stop_at_eos": False}
+    eager = decode(tiny("dream"), PROMPTS[:1], **options)
+    widths = {forward["input_ids"].shape[1] for forward in eager.forwards[1:]}
+    compiled = decode(tiny("dream"), PROMPTS[:1], **options, compile_config=EAGER)
+    static = {forward["input_ids"].shape[1] for forward in compiled.forwards[1:]}
+    assert len(widths) > 2 and static <= {16, 32}
+
+
+def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_so(tiny, decode, monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    said = []
+    monkeypatch.setattr("hf_flashdlm.compiling.logger.warning", said.append)
+    config = CompileConfig(backend=fail, mode=None)
+    options = {"max_new_tokens": 16, "block_length": 8, "steps": 16}
+    compiled = decode(tiny("dream"), PROMPTS, **options, compile_config=config)
+    assert len(said) == 1
+    assert said[0].startswith("`compile_config` has no effect: the forward of DreamModel could not be compiled and")
+    assert compiled.sequences.equal(decode(tiny("dream"), PROMPTS, **options).sequences)
