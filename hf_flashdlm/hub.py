@@ -1,7 +1,7 @@
-"""Repositories for the Hugging Face Hub: folders built from these very source files, and their upload.
+"""Repositories for the Hugging Face Hub: folders built from these very source files.
 
-Owns what lies in a repository of each kind (weights with code, code alone, a guider, the strategy alone), the cards,
-and the order of an upload. Which source files belong together is the host's to say. Knows nothing of decoding.
+Owns what lies in a repository of each kind (weights with code, code alone, a guider, the strategy alone) and the
+cards. Which source files belong together is the host's to say. Knows nothing of decoding and of uploads.
 """
 
 import json
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import jinja2
 import torch
-from huggingface_hub import HfApi, ModelCard, get_token, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.utils import HFValidationError, filter_repo_objects, validate_repo_id
+from huggingface_hub import ModelCard, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     Qwen2Tokenizer,
 )
-from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
+from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -38,15 +38,13 @@ from .tokenization_dream import DreamTokenizer
 
 MODELS = {LLaDAConfig.model_type: (LLaDAConfig, LLaDAModelLM), DreamConfig.model_type: (DreamConfig, DreamModel)}
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
-SERVED_AS = (
-    "AutoModelForCausalLM"  # `transformers serve` looks `architectures` up in the library, not in the repository
-)
+SERVED_AS = "AutoModelForCausalLM"  # `transformers serve` looks `architectures` up in the library alone
 STRATEGY = "custom_generate"  # the folder that the host looks for
 REQUIREMENTS = ("torch>=2.6", "transformers>=5.18")  # one `name OPERATOR version` a line is all that the host reads
+NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # what a checkpoint is fetched for
 
-# What a checkpoint is fetched and a folder is pushed without.
-NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")
-IGNORED = (".*", "*/.*", "*__pycache__*", "*.pyc")
+# huggingface_hub has changed its HTTP library before; its own error knows which one it is.
+CONNECTION_ERRORS = tuple(kind for kind in HfHubHTTPError.__bases__ if kind is not OSError)
 
 
 def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str | None = None) -> Path:
@@ -65,11 +63,11 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
     Raises:
         ValueError: If the checkpoint is of another architecture or not complete, or if the folder is in use.
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     source = _fetch(checkpoint)
     config = _diffusion_config(source, checkpoint)
     model = _meta_model(config)
-    weights = _weight_files(source, checkpoint, model)
+    weights = weight_files(source, checkpoint, model)
     generation_config = _generation_config(source, config)
     tokenizer = _tokenizer(source, checkpoint)
     directory = _new_directory(directory)
@@ -88,11 +86,11 @@ def export_guider(checkpoint: str, directory: str | Path, repo_id: str, card: st
     Write a repository with an autoregressive model of Transformers' own, which needs no code; arguments and errors
     as of [`export_model`].
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     source = _fetch(checkpoint)
     if _config_dict(source, checkpoint).get("model_type") in MODELS:
         raise ValueError(f"`checkpoint` must be an autoregressive model, got the diffusion model {checkpoint!r}.")
-    weights = _weight_files(source, checkpoint)
+    weights = weight_files(source, checkpoint)
     tokenizer = _tokenizer(source, checkpoint)
     directory = _new_directory(directory)
     for name in (*weights, "config.json", "generation_config.json"):
@@ -119,7 +117,7 @@ def export_code(model_type: str, directory: str | Path, repo_id: str, checkpoint
     Raises:
         ValueError: If there is no such architecture, or if the folder is in use.
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     if model_type not in MODELS:
         raise ValueError(f"`model_type` must be {' or '.join(map(repr, MODELS))}, got {model_type!r}.")
     config = MODELS[model_type][0]() if checkpoint is None else _diffusion_config(_fetch(checkpoint), checkpoint)
@@ -139,7 +137,7 @@ def export_strategy(directory: str | Path, repo_id: str) -> Path:
     Write a repository with the strategy alone, for `custom_generate="<repo_id>"`; arguments and errors as of
     [`export_model`].
     """
-    _check_repo_id(repo_id)
+    check_repo_id(repo_id)
     directory = _new_directory(directory)
     (directory / STRATEGY).mkdir()
     custom_object_save(generate, directory / STRATEGY)
@@ -148,7 +146,8 @@ def export_strategy(directory: str | Path, repo_id: str) -> Path:
     return directory
 
 
-def _check_repo_id(repo_id: str) -> None:
+def check_repo_id(repo_id: str) -> None:
+    """Refuse what is no name of a repository."""
     try:
         validate_repo_id(repo_id)
         complete = "/" in repo_id
@@ -164,7 +163,7 @@ def _fetch(checkpoint: str) -> Path:
         return Path(checkpoint)
     try:
         return Path(snapshot_download(checkpoint, allow_patterns=list(NEEDED)))
-    except (HFValidationError, OSError, *_CONNECTION_ERRORS) as error:
+    except (HFValidationError, OSError, *CONNECTION_ERRORS) as error:
         raise ValueError(
             f"`checkpoint` must be a folder or a repository that can be downloaded, got {checkpoint!r}."
         ) from error
@@ -192,7 +191,7 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return MODELS[config.model_type][1](config)
 
 
-def _weight_files(source: Path, checkpoint: str, model: PreTrainedModel | None = None) -> list[str]:
+def weight_files(source: Path, checkpoint: str, model: PreTrainedModel | None = None) -> list[str]:
     """Names of the files of weights, which must be there and hold all that `model` needs."""
     if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
         index = json.loads((source / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))

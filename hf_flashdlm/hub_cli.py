@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from . import __version__
-from .hub import MODELS, export_code, export_guider, export_model, export_strategy, list_files, push
+from .hub import MODELS, export_code, export_guider, export_model, export_strategy
+from .push import list_files, push
 
 
 def add_commands(commands) -> None:

@@ -22,6 +22,7 @@ from transformers.dynamic_module_utils import check_python_requirements
 from hf_flashdlm import __version__, hub, make_bidirectional
 from hf_flashdlm.generate import decode, generate
 from hf_flashdlm.hub_cli import add_commands
+from hf_flashdlm.push import list_files, push
 
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def minihub():
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", minihub.url)
         patch.delenv("HF_TOKEN", raising=False)
-        patch.setattr("hf_flashdlm.hub.get_token", lambda: None)
+        patch.setattr("hf_flashdlm.push.get_token", lambda: None)
         yield minihub
 
 
@@ -76,7 +77,7 @@ def minihub():
 def published(exported, minihub):
     """The Hub with a repository of each kind, and the ones that stand in."""
     for repo_id, folder in exported.items():
-        hub.push(folder, repo_id, token=TOKEN)
+        push(folder, repo_id, token=TOKEN)
     for repo_id, name in STAND_INS.items():
         minihub.create(repo_id).commit({path.name: path.read_bytes() for path in (TINY / name).iterdir()})
     return minihub
@@ -404,9 +405,7 @@ def test_a_push_is_one_commit_with_a_tag(published, exported):
     for repo_id, folder in exported.items():
         repository = published.repositories[repo_id]
         assert len(repository.commits) == 2  # the one of the creation is empty
-        assert {name: len(content) for name, content in repository.files(__version__).items()} == hub.list_files(
-            folder
-        )
+        assert {name: len(content) for name, content in repository.files(__version__).items()} == list_files(folder)
 
 
 def test_nothing_hidden_goes_up(exported, minihub, tmp_path):
@@ -414,17 +413,17 @@ def test_nothing_hidden_goes_up(exported, minihub, tmp_path):
     for name in (".env", ".git/config", "custom_generate/__pycache__/cache.pyc"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("secret")
-    assert hub.list_files(folder) == hub.list_files(exported[STRATEGY])
-    hub.push(folder, "o/hidden", private=True, token=TOKEN)
-    assert set(minihub.repositories["o/hidden"].files()) == set(hub.list_files(folder))
+    assert list_files(folder) == list_files(exported[STRATEGY])
+    push(folder, "o/hidden", private=True, token=TOKEN)
+    assert set(minihub.repositories["o/hidden"].files()) == set(list_files(folder))
     assert minihub.repositories["o/hidden"].private
 
 
 def test_a_token_is_needed_and_has_to_be_right(exported, minihub):
     with pytest.raises(ValueError, match="a token is needed to push and there is none: run `hf auth login`"):
-        hub.push(exported[STRATEGY], "o/token")
+        push(exported[STRATEGY], "o/token")
     with pytest.raises(ValueError, match="the Hub refused the token for o/token"):
-        hub.push(exported[STRATEGY], "o/token", token="hf_wrong")
+        push(exported[STRATEGY], "o/token", token="hf_wrong")
     assert "o/token" not in minihub.repositories
 
 
@@ -432,52 +431,52 @@ def test_an_interrupted_push_leaves_nothing_and_can_be_repeated(exported, minihu
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries several times by itself
     minihub.broken.add("o/broken")
     with pytest.raises(ValueError, match=r"the upload to o/broken broke off .*: run the same command again"):
-        hub.push(exported[STRATEGY], "o/broken", token=TOKEN)
+        push(exported[STRATEGY], "o/broken", token=TOKEN)
     repository = minihub.repositories["o/broken"]
     assert (repository.files(), repository.tags) == ({}, {})
     minihub.broken.clear()
-    assert hub.push(exported[STRATEGY], "o/broken", token=TOKEN).endswith(f"/o/broken/tree/{__version__}")
-    assert set(repository.files(__version__)) == set(hub.list_files(exported[STRATEGY]))
+    assert push(exported[STRATEGY], "o/broken", token=TOKEN).endswith(f"/o/broken/tree/{__version__}")
+    assert set(repository.files(__version__)) == set(list_files(exported[STRATEGY]))
 
 
 def test_a_push_that_broke_off_before_its_tag_is_completed(exported, minihub):
-    hub.push(exported[STRATEGY], "o/untagged", token=TOKEN)
+    push(exported[STRATEGY], "o/untagged", token=TOKEN)
     repository = minihub.repositories["o/untagged"]
     commits, repository.tags = dict(repository.commits), {}
-    hub.push(exported[STRATEGY], "o/untagged", token=TOKEN)
+    push(exported[STRATEGY], "o/untagged", token=TOKEN)
     assert repository.commits == commits and repository.tags == {__version__: repository.branches["main"]}
 
 
 def test_a_tag_is_not_moved(exported, published):
     before = dict(published.repositories[STRATEGY].tags)
     with pytest.raises(ValueError, match=f"`tag` must be new, got '{__version__}', which {STRATEGY} has already"):
-        hub.push(exported[STRATEGY], STRATEGY, token=TOKEN)
+        push(exported[STRATEGY], STRATEGY, token=TOKEN)
     assert published.repositories[STRATEGY].tags == before
-    hub.push(exported[STRATEGY], STRATEGY, token=TOKEN, tag="later")
+    push(exported[STRATEGY], STRATEGY, token=TOKEN, tag="later")
     assert published.repositories[STRATEGY].tags["later"] == before[__version__]
 
 
 def test_a_hub_that_is_not_there_or_refuses_is_one_sentence(exported, minihub, monkeypatch):
-    def push():
-        hub.push(exported[STRATEGY], "o/away", token=TOKEN)
+    def attempt():
+        push(exported[STRATEGY], "o/away", token=TOKEN)
 
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
         with pytest.raises(ValueError, match="the Hub cannot be reached in offline mode: unset `HF_HUB_OFFLINE`"):
-            push()
+            attempt()
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
         with pytest.raises(ValueError, match="the upload to o/away broke off"):
-            push()
+            attempt()
     monkeypatch.setattr(constants, "ENDPOINT", minihub.url + "/nowhere")
     with pytest.raises(ValueError, match="the Hub refused the push to o/away with status 404"):
-        push()
+        attempt()
 
 
 @pytest.mark.parametrize("repo_id", ["name", "a/b/c", "o/na me", ""])
 def test_a_repository_has_an_organization_and_a_name(repo_id, tmp_path):
     for call in (
-        lambda: hub.push(tmp_path, repo_id, token=TOKEN),
+        lambda: push(tmp_path, repo_id, token=TOKEN),
         lambda: hub.export_strategy(tmp_path / "out", repo_id),
     ):
         with pytest.raises(ValueError, match="`repo_id` must have the form organization/name, got"):
@@ -503,7 +502,7 @@ def test_an_incomplete_folder_is_not_pushed(exported, tmp_path, repo_id, name):
     folder = shutil.copytree(exported[repo_id], tmp_path / "folder")
     (folder / name).unlink()
     with pytest.raises(ValueError, match=f"has no {name}"):
-        hub.push(folder, "o/n", token=TOKEN)
+        push(folder, "o/n", token=TOKEN)
 
 
 # Exporting what cannot be
@@ -570,12 +569,12 @@ def test_the_commands_export_and_list(tmp_path, capsys):
     assert (tmp_path / "code" / "modeling_llada.py").is_file()
     run("export", "strategy", STRATEGY, tmp_path / "strategy")
     listed = run("push", tmp_path / "strategy", STRATEGY, "--dry-run", "--private")
-    files = hub.list_files(tmp_path / "strategy")
+    files = list_files(tmp_path / "strategy")
     assert all(f"  {name}\n" in listed for name in files) and f"in {len(files)} files\n" in listed
 
 
 def test_the_command_pushes(exported, minihub, monkeypatch, capsys):
-    monkeypatch.setattr("hf_flashdlm.hub.get_token", lambda: TOKEN)
+    monkeypatch.setattr("hf_flashdlm.push.get_token", lambda: TOKEN)
     parser = argparse.ArgumentParser()
     add_commands(parser.add_subparsers())
     args = parser.parse_args(["push", str(exported[STRATEGY]), "o/command", "--private", "--tag", "v9"])

@@ -1,0 +1,114 @@
+"""The upload of an exported folder to the Hugging Face Hub.
+
+Owns the order of an upload, what makes a folder fit for one, and the answers of the Hub in plain words. Knows
+nothing of how the folder was written or of decoding.
+"""
+
+import json
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.utils import filter_repo_objects
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from . import __version__
+from .hub import CONNECTION_ERRORS, STRATEGY, check_repo_id, weight_files
+
+
+IGNORED = (".*", "*/.*", "*__pycache__*", "*.pyc")  # what a folder is pushed without
+
+
+def list_files(directory: str | Path) -> dict[str, int]:
+    """What a push of `directory` would upload, if it is a complete repository: names and sizes in bytes."""
+    directory = Path(directory)
+    _check_exported(directory)
+    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
+    return {name: (directory / name).stat().st_size for name in filter_repo_objects(names, ignore_patterns=IGNORED)}
+
+
+def push(
+    directory: str | Path,
+    repo_id: str,
+    private: bool | None = None,
+    tag: str = __version__,
+    token: str | None = None,
+) -> str:
+    r"""
+    Publish an exported folder: create the repository if there is none, upload all files in one commit, tag it.
+
+    Nothing of an upload shows before its commit, so one that was interrupted can be repeated; files that the Hub
+    holds already are not sent again.
+
+    Args:
+        directory (`str` or `Path`): A folder that an export has written.
+        repo_id (`str`): The repository, `"organization/name"`.
+        private (`bool`, *optional*): Whether a new repository is private; by default what the account says.
+        tag (`str`, *optional*, defaults to the version of this package): Name for the commit.
+        token (`str`, *optional*): By default the one of `hf auth login`.
+
+    Returns:
+        `str`: Where the files are.
+
+    Raises:
+        ValueError: If the folder is not complete, the token is missing or refused, the tag is taken, or the upload
+            did not end.
+    """
+    check_repo_id(repo_id)
+    list_files(directory)
+    token = token or get_token()
+    if token is None:
+        raise ValueError("a token is needed to push and there is none: run `hf auth login`, or set `HF_TOKEN`.")
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        if any(one.name == tag for one in api.list_repo_refs(repo_id).tags):
+            raise ValueError(f"`tag` must be new, got {tag!r}, which {repo_id} has already: name another one.")
+        commit = api.upload_folder(
+            repo_id=repo_id, folder_path=directory, commit_message=f"hf_flashdlm {tag}", ignore_patterns=list(IGNORED)
+        )
+        api.create_tag(repo_id, tag=tag, revision=commit.oid)
+    except OfflineModeIsEnabled as error:
+        raise ValueError("the Hub cannot be reached in offline mode: unset `HF_HUB_OFFLINE`.") from error
+    except HfHubHTTPError as error:
+        raise ValueError(_refusal(error, repo_id)) from error
+    except (*CONNECTION_ERRORS, OSError) as error:
+        raise ValueError(
+            f"the upload to {repo_id} broke off ({type(error).__name__}): run the same command again, which goes on "
+            "from there."
+        ) from error
+    return f"{api.endpoint}/{repo_id}/tree/{tag}"
+
+
+def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
+    """One sentence for an answer of the Hub that is not what was asked for."""
+    status = error.response.status_code
+    if status in (401, 403):
+        return f"the Hub refused the token for {repo_id}: run `hf auth login` with a token that may write there."
+    return f"the Hub refused the push to {repo_id} with status {status}: nothing was tagged; run it again later."
+
+
+def _check_exported(directory: Path) -> None:
+    """Refuse to publish a folder that would not load."""
+
+    def need(name: str) -> Path:
+        if not (directory / name).is_file():
+            raise ValueError(f"`directory` must be a complete repository, but {str(directory)!r} has no {name}.")
+        return directory / name
+
+    need("README.md")
+    modules = []
+    if (directory / STRATEGY).is_dir():
+        modules.append(need(f"{STRATEGY}/generate.py"))
+        need(f"{STRATEGY}/requirements.txt")
+    else:
+        auto_map = json.loads(need("config.json").read_text(encoding="utf-8")).get("auto_map", {})
+        modules += [need(value.rpartition("--")[2].partition(".")[0] + ".py") for value in auto_map.values()]
+        if not any("--" in value for value in auto_map.values()):
+            weight_files(directory, str(directory))
+            need("tokenizer_config.json")
+    for module in modules:
+        try:
+            get_relative_import_files(module)
+        except FileNotFoundError as error:
+            need(Path(error.filename).relative_to(directory).as_posix())
