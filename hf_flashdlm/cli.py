@@ -1,4 +1,4 @@
-"""The command line: `flashdlm generate`, `flashdlm demo`, `flashdlm bench`, `flashdlm export`
+"""The command line: `flashdlm generate`, `flashdlm chat`, `flashdlm demo`, `flashdlm bench`, `flashdlm export`
 and `flashdlm push`.
 
 Owns the arguments, what goes to which stream, and the exit codes: 0, 2 with one sentence on standard error for a
@@ -16,13 +16,14 @@ from transformers.utils import logging
 
 from . import __version__
 from .benchmark import add_commands as add_bench
-from .demo import Settings, run_demo
+from .chat import run_chat
+from .demo import GUIDANCE, TINY, Settings, run_demo, sample_problems
 from .generation_config import WINDOW_POLICIES
 from .hub_cli import add_commands
 from .prompting import MAX_NEW_TOKENS, Checkpoint, Continuation
 
 
-# Options of `flashdlm generate` that are keywords of `generate`.
+# Options that are keywords of `generate`.
 DECODING_OPTIONS = ("max_new_tokens", "block_length", "steps", "confidence_threshold", "window_policy", "temperature")
 
 
@@ -52,6 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"flashdlm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_generate(commands)
+    add_chat(commands)
     add_demo(commands)
     add_bench(commands)
     add_commands(commands)
@@ -67,26 +69,39 @@ def add_generate(commands) -> None:
     parser.set_defaults(run=generate)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="the diffusion model: a folder or a Hub repository")
-    add("--guider", metavar="DIR_OR_ID", help="an autoregressive model that judges the drafts")
+    add_decoding(parser)
     add("--prompt", action="append", metavar="TEXT", help="can be repeated; without it, standard input is the prompt")
-    length = f"tokens to generate (default: the checkpoint's number, else {MAX_NEW_TOKENS})"
-    add("--max-new-tokens", type=int, metavar="N", help=length)
-    add("--block-length", type=int, metavar="N", help="tokens of a block; blocks are unmasked one after another")
     add("--steps", type=int, metavar="N", help="a fixed number of denoising steps, spread over the tokens")
     add("--confidence-threshold", type=float, metavar="P", help="instead of --steps: write every token this probable")
     add("--window-policy", metavar="NAME", help=f"what a step recomputes: {', '.join(WINDOW_POLICIES)}")
-    add("--temperature", type=float, metavar="T", help="0 takes the most likely tokens, more draws them")
-    add("--seed", type=int, metavar="N", help="seed of the draw")
-    add("--dtype", default="auto", metavar="NAME", help="of the weights, such as bfloat16 (default: as saved)")
-    add(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="such as cpu or cuda:0 (default: an accelerator if there is one)",
-    )
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action="store_true", help="show each text while it forms")
     add("--stats", action="store_true", help="print forwards and seconds to standard error")
+
+
+def add_chat(commands) -> None:
+    """The arguments of `flashdlm chat`."""
+    about = "Talk to a LLaDA or Dream checkpoint and see each reply form. /clear forgets the turns, /exit ends."
+    parser = commands.add_parser("chat", help="talk to a checkpoint in the terminal", description=about)
+    parser.set_defaults(run=chat)
+    add = parser.add_argument
+    add("--model", metavar="DIR_OR_ID", help="the diffusion model (default: the embedded pair, which does sums)")
+    add_decoding(parser)
+    add("--system", metavar="TEXT", help="what the model is told before the first turn")
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `generate` and `chat` share."""
+    add = parser.add_argument
+    add("--guider", metavar="DIR_OR_ID", help="an autoregressive model that judges the drafts")
+    length = f"tokens to generate (default: the checkpoint's number, else {MAX_NEW_TOKENS})"
+    add("--max-new-tokens", type=int, metavar="N", help=length)
+    add("--block-length", type=int, metavar="N", help="tokens of a block; blocks are unmasked one after another")
+    add("--temperature", type=float, metavar="T", help="0 takes the most likely tokens, more draws them")
+    add("--seed", type=int, metavar="N", help="seed of the draw")
+    add("--dtype", default="auto", metavar="NAME", help="of the weights, such as bfloat16 (default: as saved)")
+    device = "such as cpu or cuda:0 (default: an accelerator if there is one)"
+    add("--device", default="auto", metavar="NAME", help=device)
 
 
 def add_demo(commands) -> None:
@@ -124,13 +139,7 @@ def integer_from(least: int):
 def generate(args: argparse.Namespace) -> None:
     """`flashdlm generate`."""
     prompts = read_prompts(args.prompt)
-    quiet_host(progress_bars=sys.stderr.isatty())
-    checkpoint = Checkpoint.load(args.model, args.device, args.dtype)
-    options = {name: getattr(args, name) for name in DECODING_OPTIONS if getattr(args, name) is not None}
-    if args.guider is not None:
-        options["guider"] = checkpoint.load_guider(args.guider, args.device, args.dtype)
-    if args.seed is not None:
-        torch.manual_seed(args.seed)
+    checkpoint, options = load(args)
     if args.stream:
         for prompt in prompts:
             report(checkpoint.stream(prompt, options, args.chat, Console(highlight=False)), args.stats)
@@ -138,6 +147,31 @@ def generate(args: argparse.Namespace) -> None:
         continuation = checkpoint.continue_prompts(prompts, options, args.chat)
         print("\n\n".join(continuation.texts))
         report(continuation, args.stats)
+
+
+def chat(args: argparse.Namespace) -> None:
+    """`flashdlm chat`."""
+    notes, guidance = Console(stderr=True, highlight=False, markup=False, soft_wrap=True), {}
+    if args.model is None:
+        args.model = str(TINY / "dlm")
+        if args.guider is None:
+            args.guider, guidance = str(TINY / "guider"), GUIDANCE
+        notes.print(f"The embedded model knows word problems such as: {sample_problems(1, 0)[0].question}")
+    checkpoint, options = load(args, **guidance)
+    run_chat(checkpoint, options, args.system, Console(highlight=False), notes)
+
+
+def load(args: argparse.Namespace, **guidance) -> tuple[Checkpoint, dict]:
+    """The diffusion model and the keywords of `generate`, a guider with its settings `guidance` among them."""
+    quiet_host(progress_bars=sys.stderr.isatty())
+    checkpoint = Checkpoint.load(args.model, args.device, args.dtype)
+    values = {name: vars(args).get(name) for name in DECODING_OPTIONS}
+    options = {name: value for name, value in values.items() if value is not None}
+    if args.guider is not None:
+        options["guider"] = checkpoint.load_guider(args.guider, args.device, args.dtype, **guidance)
+    if args.seed is not None:
+        torch.manual_seed(args.seed)
+    return checkpoint, options
 
 
 def read_prompts(prompts: list[str] | None) -> list[str]:

@@ -34,6 +34,8 @@ from .outputs import DiffusionGenerationOutput
 MODEL_TYPES = (LLaDAConfig.model_type, DreamConfig.model_type)
 MAX_NEW_TOKENS = 128  # where neither the caller nor the checkpoint names a length
 
+Prompt = str | list[dict]  # a text or the turns of a conversation
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -93,12 +95,12 @@ class Checkpoint:
         ids = self.model.generation_config.eos_token_id
         return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
-    def continue_prompts(self, prompts: list[str], options: dict, chat: bool | None = None) -> Continuation:
+    def continue_prompts(self, prompts: list[Prompt], options: dict, chat: bool | None = None) -> Continuation:
         r"""
         Continue `prompts` in one batch.
 
         Args:
-            prompts (`list[str]`): Prompts.
+            prompts (`list[str]` or `list[list[dict]]`): Prompts; for the chat template also whole conversations.
             options (`dict`): Keywords of `generate`; a `temperature` decides on `do_sample`, too.
             chat (`bool`, *optional*): Whether the prompts go into the chat template; by default if there is one.
 
@@ -120,7 +122,7 @@ class Checkpoint:
         ends = (length for length, token_id in enumerate(ids, 1) if token_id in self.end_token_ids)
         return ids[: next(ends, len(ids))]
 
-    def stream(self, prompt: str, options: dict, chat: bool | None, console: Console) -> Continuation:
+    def stream(self, prompt: Prompt, options: dict, chat: bool | None, console: Console) -> Continuation:
         """Continue one prompt and print the text as it forms: on a terminal the whole canvas, else what is final."""
         if not console.is_terminal:
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -136,14 +138,14 @@ class Checkpoint:
         mask_token_id = self.model.config.mask_token_id
         return CanvasStreamer(self.tokenizer, mask_token_id, self.end_token_ids, show, mask_character(console), pause)
 
-    def encode(self, prompts: list[str], chat: bool | None) -> dict[str, torch.Tensor]:
+    def encode(self, prompts: list[Prompt], chat: bool | None) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` of `prompts`, on the model's device."""
         has_template = self.tokenizer.chat_template is not None
         if chat and not has_template:
             raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
         chat = has_template if chat is None else chat
         if chat:
-            conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+            conversations = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
             prompts = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
         # A chat template writes the special tokens itself.
         inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chat)

@@ -16,11 +16,15 @@ QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does 
 SHORT = ["generate", "--model", str(TINY / "dlm"), "--device", "cpu", "--max-new-tokens", "8", "--block-length", "8"]
 GENERATE_OPTIONS = """--model --guider --prompt --max-new-tokens --block-length --steps --confidence-threshold
 --window-policy --temperature --seed --dtype --device --chat --no-chat --stream --stats""".split()
+CHAT_OPTIONS = """--model --guider --max-new-tokens --block-length --temperature --seed --dtype --device
+--system""".split()
 DEMO_OPTIONS = "--problems --batch-size --repeats --show --seed --json".split()
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("generate", GENERATE_OPTIONS), ("demo", DEMO_OPTIONS)], ids=["generate", "demo"]
+    ("command", "options"),
+    [("generate", GENERATE_OPTIONS), ("chat", CHAT_OPTIONS), ("demo", DEMO_OPTIONS)],
+    ids=["generate", "chat", "demo"],
 )
 def test_help_names_every_option(capsys, command, options):
     with pytest.raises(SystemExit) as stop:
@@ -34,7 +38,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert "generate" in printed and "demo" in printed
+    assert "generate" in printed and "chat" in printed and "demo" in printed
 
 
 def test_the_package_runs_as_a_module():
