@@ -87,6 +87,8 @@ class ARReader(LogitsProcessor):
         self.cache = DynamicCache(config=self.model.config)
         self.committed = 0  # length of the clean prefix that all rows shared at the last call
         self.rows = torch.arange(len(canvas_mask))
+        self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
+        self.unchanged = []  # of each call, on the device: whether it found them on the canvas
         self.forwards = torch.zeros(len(canvas_mask), dtype=torch.long)
         self.seconds = 0.0
 
@@ -94,6 +96,7 @@ class ARReader(LogitsProcessor):
         """Keep the rows `indices` (on the CPU) of the batch."""
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
+        self.seen = self.seen[rows]
         if self.cache.is_initialized:
             self.cache.batch_select_indices(rows)
         self.rows = self.rows[indices]
@@ -146,6 +149,7 @@ class ARReader(LogitsProcessor):
                 f"`frontier` must not move back from one call to the next, got {int(frontier.min())} after "
                 f"{self.committed}: `reset` the guider before another canvas."
             )
+        self.unchanged.append((self.seen[:, :start] == canvas[:, :start]).all())
         self.cache.crop(min(start - self.cache.get_seq_length(), 0))
         first = max(int(positions.min()) - 1 - start, 0)
         logits = self.forward(
@@ -157,12 +161,22 @@ class ARReader(LogitsProcessor):
             logits_to_keep=stop - start - first,
         ).logits
         self.committed = int(frontier.min())
+        self.seen = canvas[:, : self.committed]
         self.forwards[self.rows[asked]] += 1
         slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
         return logits[torch.arange(len(slots), device=logits.device)[:, None], slots].to(input_ids.device)
 
     def statistics(self, total_seconds: float) -> dict:
-        """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
+        """
+        Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`].
+
+        Raises:
+            RuntimeError: If the canvas was changed behind the guider's back; waits for the device, as a step does not.
+        """
+        if self.unchanged and not torch.stack(self.unchanged).all():
+            raise RuntimeError(
+                "The canvas left of the frontier has changed between two calls: `reset` the guider before another one."
+            )
         return {"guider_forwards": self.forwards, "guider_time_share": self.seconds / total_seconds}
 
 

@@ -339,11 +339,25 @@ def test_a_canvas_that_was_not_announced_is_noticed():
         judge(guider, canvas, torch.zeros(1, 2, 6), positions, 2)
 
 
+def test_a_prefix_that_was_changed_is_noticed():
+    canvas, positions = torch.tensor([[1, 2, 3, 0, 0]]), torch.arange(3, 5)[None]
+    guider = alphabet_guider(always)
+    judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)
+    judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)
+    assert guider.statistics(total_seconds=1.0)["guider_forwards"].tolist() == [2]
+    canvas[0, 1] = 5
+    judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)
+    with pytest.raises(
+        RuntimeError, match="^The canvas left of the frontier has changed between two calls: `reset` the guider"
+    ):
+        guider.statistics(total_seconds=1.0)
+
+
 def test_a_guider_that_is_used_again_remembers_nothing(tiny, decode, guider):
     judge = guider(accept="topk", top_k=5)
     first = decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
     decode(tiny("dream_trained"), [[9] * 30], guider=judge, **OPTIONS)
-    judge.canvas_mask = judge.cache = None
+    judge.canvas_mask = judge.seen = judge.cache = None
     again = decode(tiny("dream_trained"), PROMPTS, guider=judge, **OPTIONS)
     for field in ("sequences", "nfe", "guider_forwards", "drafts_judged", "drafts_accepted"):
         assert again[field].tolist() == first[field].tolist()
