@@ -66,14 +66,16 @@ class Denoiser:
         feed, slots, computed = self._plan(window, positions, frontier)
         first, last = int(slots.min()), int(slots.max())
         kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
-        fed = feed.stop - feed.start if isinstance(feed, slice) else feed.shape[1]
+        input_ids, position_ids = (
+            ids[:, feed] if isinstance(feed, slice) else ids.gather(1, feed) for ids in (canvas, self.position_ids)
+        )
         logits = self.forward(
-            input_ids=canvas[:, feed] if isinstance(feed, slice) else canvas.gather(1, feed),
-            position_ids=self.position_ids[:, feed] if isinstance(feed, slice) else self.position_ids.gather(1, feed),
+            input_ids=input_ids,
+            position_ids=position_ids,
             attention_mask=self._attention_mask(window.attended),
             past_key_values=self.cache,
             use_cache=self.cache is not None,
-            logits_to_keep=kept.clamp_max(fed - 1),
+            logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1),
         ).logits
         if slots.shape[1] != logits.shape[1] or not (slots == slots[:1]).all():
             rows = torch.arange(len(slots), device=logits.device)[:, None]
@@ -98,7 +100,7 @@ class Denoiser:
         if (window.frozen < self.cache.frozen_length).any():
             self.cache.thaw()
         self.cache.freeze(torch.minimum(window.frozen, lo))
-        attended = self.canvas_mask.shape[1] if self._sees_all else int(window.attended.max())
+        attended = self._num_keys(window.attended)
         if window.scored is not None:
             return self._plan_scattered(window, source, attended)
         starts, stops, computed = lo.tolist(), window.hi.tolist(), window.hi - lo
@@ -134,9 +136,13 @@ class Denoiser:
         """Whether the keys are the whole buffer, and only the mask says which of them are seen."""
         return self.is_static and self.cache is not None and self.cache.is_initialized
 
+    def _num_keys(self, attended: torch.LongTensor) -> int:
+        """How many leading keys the queries are given; a mask hides those that a row does not see."""
+        return self.canvas_mask.shape[1] if self._sees_all else int(attended.max())
+
     def _attention_mask(self, attended: torch.LongTensor) -> torch.LongTensor | None:
         """2D mask over the attended keys, `None` where every row sees them all."""
-        longest = self.canvas_mask.shape[1] if self._sees_all else int(attended.max())
+        longest = self._num_keys(attended)
         uneven = self._sees_all or not (attended == longest).all()
         if not self.padded and not uneven:
             return None
