@@ -53,6 +53,7 @@ COMBINATIONS = (
     "EOS FreeCache window guider union beyond",
 )
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 64)
+SHORT_BLOCKS = (2, 4, 8)  # where decoding without a guider is accurate
 RIGHT_WINDOWS = (8, 16, 32)
 TOP_KS = (1, 2, 3, 5)
 RELATIVE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -63,13 +64,14 @@ RULES = {
     "relative": {},
     "relative, k 5": {"top_k": 5},
 }
+INSTEAD = {"confidence_threshold": None}  # of the threshold: another rule
 UNGUIDED = {
     "threshold 0.8": {"confidence_threshold": 0.8},
     "threshold 0.95": {"confidence_threshold": 0.95},
-    "factor 0.5": {"confidence_threshold": None, "factor": 0.5},
-    "factor 1": {"confidence_threshold": None, "factor": 1.0},
-    "Frechet 0.5": {"confidence_threshold": None, "frechet_delta": 0.5},
-    "entropy bound 0.1": {"confidence_threshold": None, "entropy_bound": 0.1},
+    "factor 0.5": {"factor": 0.5},
+    "factor 1": {"factor": 1.0},
+    "Frechet 0.5": {"frechet_delta": 0.5},
+    "entropy bound 0.1": {"entropy_bound": 0.1},
 }
 NUM_DRAFTS = (4, 8, 16, 32, 64)
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
@@ -137,9 +139,9 @@ def block_rows(new_tokens: int):
             yield "block length", f"beyond, block {length}", "EOS FreeCache guider beyond", block
             yield "block length", f"union + beyond, block {length}", "EOS FreeCache guider union beyond", block
             yield "block length", f"intersection, block {length}", "EOS FreeCache guider intersection", block
-        if length in (2, 4, 8):
+        if length in SHORT_BLOCKS:
             for name, rule in UNGUIDED.items():
-                yield "unguided rules", f"{name}, block {length}", "EOS FreeCache threshold", block | rule
+                yield "unguided rules", f"{name}, block {length}", "EOS FreeCache threshold", block | INSTEAD | rule
     for width in RIGHT_WINDOWS:
         window = {"right_window": width}
         yield "right window", f"threshold, window {width}", "EOS FreeCache window threshold", window

@@ -81,5 +81,5 @@ def statistics(continuation: Continuation) -> str:
     forwards = f"{int(output.nfe)} forwards"
     if output.guider_forwards is not None:
         forwards += f" and {int(output.guider_forwards)} of the guider"
-    rate = tokens / int(output.nfe)
+    rate = float(output.tokens_per_forward)
     return f"{tokens} tokens, {forwards}, {rate:.2f} tokens per forward, {continuation.seconds:.2f} seconds"
