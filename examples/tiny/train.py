@@ -47,6 +47,7 @@ from tokenizer import build_tokenizer
 REPOSITORY = Path(__file__).parents[2]
 STAGES = ("ar", "guider", "dlm", "evaluate")
 EXAM_SEED = 2026
+EMBEDDED_GUIDER = "medium"
 RANK_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -94,7 +95,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ar-steps", type=int, default=900)
     parser.add_argument("--guider-steps", type=int, default=265)
     parser.add_argument(
-        "--guider-size", choices=GUIDER_SIZES, default="medium", help="all but medium: beside this file"
+        "--guider-size", choices=GUIDER_SIZES, default=EMBEDDED_GUIDER, help="others: beside this file"
     )
     parser.add_argument("--dlm-steps", type=int, default=2070)
     parser.add_argument("--dlm-minutes", type=float, default=1e9, help="end the diffusion stage after this long")
@@ -150,14 +151,17 @@ def train_ar(run: Run) -> None:
 
 def train_guider(run: Run) -> None:
     """Stage 2: the guider, a fraction of the diffusion model and stopped before it is perfect."""
-    size = run.options.guider_size
+    size, is_embedded = run.options.guider_size, run.options.guider_size == EMBEDDED_GUIDER
     network = build_guider(size, run.tokenizer)
+    dlm_parameters = num_parameters(build_network(DLM_SIZE, run.tokenizer))
+    is_small = 4 * num_parameters(network) <= dlm_parameters
+    assert is_small or not is_embedded, "the guider must be at most a quarter of the diffusion model"
     plan = Plan("guider", run.options.guider_steps, muon_lr=6e-3, adamw_lr=3e-3, flat=0.6)
     train(network, causal_batches(run.rows(seed=2), run.options.batch_size), plan, run.log)
     record_exam(run, "guider", continue_greedily, network, run.options.quick_exam_size)
     torch.save(network.state_dict(), run.options.work / "guider.pt")
     if run.rank == 0:
-        folder = "hf_flashdlm/tiny/guider" if size == "medium" else f"examples/tiny/guiders/{size}"
+        folder = "hf_flashdlm/tiny/guider" if is_embedded else f"examples/tiny/guiders/{size}"
         export_guider(network, run.tokenizer, run.options.out / folder)
 
 
@@ -197,7 +201,7 @@ def evaluate(run: Run) -> None:
     """Stage 4: decodes the held-out problems with the rounded weights, and writes problems, log and results."""
     dlm = build_network(DLM_SIZE, run.tokenizer, causal=False)
     dlm.load_state_dict(torch.load(run.options.work / "dlm.pt"))
-    guider = build_guider("medium", run.tokenizer)
+    guider = build_guider(run.options.guider_size, run.tokenizer)
     guider.load_state_dict(torch.load(run.options.work / "guider.pt"))
     round_weights(dlm), round_weights(guider)
     size = run.options.exam_size
