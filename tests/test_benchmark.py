@@ -45,13 +45,15 @@ def bench(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "loop", "policy"),
     [
-        ("llada", reference.llada, "none"),
-        ("llada_gqa", reference.llada, "none"),
-        ("dream", reference.llada, "none"),
-        ("llada", reference.fastdllm_prefix, "prefix"),
-        ("llada_gqa", reference.fastdllm_prefix, "prefix"),
-        ("llada", reference.fastdllm_dual, "dual"),
-        ("llada_gqa", reference.fastdllm_dual, "dual"),
+        ("llada", reference.llada, {"window_policy": "none"}),
+        ("llada_gqa", reference.llada, {"window_policy": "none"}),
+        ("dream", reference.llada, {"window_policy": "none"}),
+        ("llada", reference.fastdllm_prefix, {"window_policy": "prefix"}),
+        ("llada_gqa", reference.fastdllm_prefix, {"window_policy": "prefix"}),
+        ("llada", reference.fastdllm_dual, {"window_policy": "dual"}),
+        ("llada_gqa", reference.fastdllm_dual, {"window_policy": "dual"}),
+        ("llada", reference.flashdlm_freecache, {"window_policy": "freecache", "freeze_lag": 0}),
+        ("llada_gqa", reference.flashdlm_freecache, {"window_policy": "freecache", "freeze_lag": 0}),
     ],
 )
 @pytest.mark.parametrize("block_length", [3, 4, 12])
@@ -59,9 +61,7 @@ def test_ours_writes_what_a_loop_from_the_papers_writes(tiny, name, block_length
     model = tiny(name)
     prompts = torch.randint(3, 400, (2, 7), generator=torch.Generator().manual_seed(block_length))
     expected = loop(model, prompts, max_new_tokens=12, block_length=block_length)
-    ids = model.generate(
-        prompts, max_new_tokens=12, block_length=block_length, steps=12, window_policy=policy, stop_at_eos=False
-    )
+    ids = model.generate(prompts, max_new_tokens=12, block_length=block_length, steps=12, stop_at_eos=False, **policy)
     assert ids.tolist() == expected.tolist()
 
 
