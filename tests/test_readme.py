@@ -31,6 +31,28 @@ def test_the_table_of_guiders_is_of_the_ablation():
         assert figures == [*expected, f"{row['seconds']:.1f}"]
 
 
+def test_the_time_outside_of_a_forward_is_that_of_the_record():
+    rows = [row for row in record("bench")["rows"] if row["batch_size"] == 1 and row["method"] != "ar"]
+    rows = [row for row in rows if row["guider_forwards"] == 0]
+    forwards = [row["num_rows"] * row["nfe"] for row in rows]
+    outside = [1000 * row["seconds"] * row["outside_forwards_share"] for row in rows]
+    milliseconds = [f"{one / count:.1f}" for one, count in zip(outside, forwards, strict=True)]
+    assert f"forwards are {min(milliseconds)} to {max(milliseconds)} ms at batch 1" in " ".join(README.split())
+
+
+def test_the_sizes_and_ratios_of_the_guiders_are_those_of_the_ablation():
+    ablation, text = record("ablation"), " ".join(README.split())
+    sizes = {name: model["parameters"] for name, model in ablation["models"].items()}
+    shares = [f"{sizes[name] / sizes['model']:.2f}" for name in ("guider", "small", "large")]
+    assert "The guiders have {}, {} (small) and {} (large) of the model's parameters".format(*shares) in text
+    rows = {row["name"]: row for row in ablation["rows"] if row["group"] != "parts"}
+    names = ("large: guider + intersection", "relative, both 0.6, window 32", "guider: guider + intersection")
+    large, medium, low = (f"{rows[name]['nfe'] / rows['Frechet 0.5, block 4']['nfe']:.2f}" for name in names)
+    lost = 100 * (rows["plain, block 1"]["accuracy"] - rows[names[2]]["accuracy"])
+    assert f"the large guider needs {large} of" in text and f"the model's size {medium}, at" in text
+    assert f"at 0.5 it needs {low} and is {lost:.1f} points below" in text
+
+
 @pytest.mark.parametrize("row", record("demo")["methods"], ids=lambda row: row["name"])
 def test_the_table_of_the_demo_is_its_record(row):
     (cells,) = [cells for cells in CELLS if cells[0] == row["name"]]
