@@ -4,6 +4,7 @@ Owns the buffers, where the next forward writes, how many keys its queries see, 
 written again. Knows nothing of tokens, blocks, or why a position was frozen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -128,9 +129,14 @@ class FreeCache(DynamicCache):
 
     def __init__(self, canvas_length: int | None = None):
         self.target = _Target(canvas_length=canvas_length)
-        self.frozen_length = torch.zeros(1, dtype=torch.long)
-        self.lowest = torch.zeros(1, dtype=torch.long)  # first position that the next forward writes, per row
+        # One number per row, or one for all of them. Plain ones: they are looked at in every step.
+        self.frozen, self.lowest = [0], [0]  # frozen lengths; first positions that the next forward writes
         Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))
+
+    @property
+    def frozen_length(self) -> torch.LongTensor:
+        """How many leading positions are frozen, of shape `(batch_size,)` or `(1,)` where all rows agree."""
+        return torch.tensor(self.frozen)
 
     @property
     def canvas_length(self) -> int | None:
@@ -149,7 +155,7 @@ class FreeCache(DynamicCache):
         Raises:
             ValueError: If the window lies outside the canvas or reaches into frozen positions.
         """
-        self._check(torch.tensor([lo]), torch.tensor([hi]))
+        self._check([lo], [hi])
         self.target.start, self.target.stop, self.target.positions = lo, hi, None
         self.target.attended = attended
 
@@ -168,81 +174,76 @@ class FreeCache(DynamicCache):
         """
         if not self.is_initialized:
             raise ValueError("The first window must be the same for all rows: call `window` before `scatter`.")
-        self._check(positions.amin(1), positions.amax(1) + 1)
+        self._check(positions.amin(1).tolist(), (positions.amax(1) + 1).tolist())
         self.target.start, self.target.stop = int(positions.min()), int(positions.max()) + 1
         self.target.positions = positions.to(self.layers[0].keys.device)
         self.target.attended = attended
 
     def thaw(self) -> None:
         """Freeze nothing any more, so that the next forward can refresh what was frozen."""
-        self.frozen_length = torch.zeros(1, dtype=torch.long)
+        self.frozen = [0]
 
-    def freeze(self, length: int | torch.LongTensor) -> None:
+    def freeze(self, length: int | list[int] | torch.LongTensor) -> None:
         """
         Freeze the positions `[0, length)`: no later forward may rewrite them.
 
         Args:
-            length (`int` or `torch.LongTensor` of shape `(batch_size,)`):
+            length (`int`, `list[int]` or `torch.LongTensor` of shape `(batch_size,)`):
                 Frozen length, one for the batch or one per row. It never shrinks but by `thaw`.
 
         Raises:
             ValueError: If a length is below what is already frozen, or beyond the canvas.
         """
-        length = torch.as_tensor(length, dtype=torch.long).reshape(-1).cpu()
-        if (length < self.frozen_length).any():
+        lengths = length if isinstance(length, list) else torch.as_tensor(length).reshape(-1).tolist()
+        if _any_below(lengths, self.frozen):
             raise ValueError(
-                f"`length` must not be below the frozen length {self.frozen_length.tolist()}, got {length.tolist()}: "
-                "frozen states stay frozen until `thaw`."
+                f"`length` must not be below the frozen length {self.frozen}, got {lengths}: frozen states stay "
+                "frozen until `thaw`."
             )
-        if length.max() > self.target.computed:
+        if max(lengths) > self.target.computed:
             raise ValueError(
-                f"`length` must be at most the {self.target.computed} positions computed so far, got "
-                f"{length.tolist()}: run the forward over the whole canvas first."
+                f"`length` must be at most the {self.target.computed} positions computed so far, got {lengths}: run "
+                "the forward over the whole canvas first."
             )
-        self.frozen_length = length
+        self.frozen = lengths
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
         # A compiled forward cannot look: `scatter`, which it comes behind, has.
-        if layer_idx == 0 and not is_compiling() and (self.lowest < self.frozen_length).any():
+        if layer_idx == 0 and not is_compiling() and _any_below(self.lowest, self.frozen):
             raise ValueError(
-                f"The next forward would rewrite frozen positions: it starts at {self.lowest.tolist()}, frozen are "
-                f"{self.frozen_length.tolist()}. Call `window` before it."
+                f"The next forward would rewrite frozen positions: it starts at {self.lowest}, frozen are "
+                f"{self.frozen}. Call `window` before it."
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
-    def _check(self, lo: torch.LongTensor, hi: torch.LongTensor) -> None:
-        if (lo < self.frozen_length).any():
+    def _check(self, lo: list[int], hi: list[int]) -> None:
+        if _any_below(lo, self.frozen):
             raise ValueError(
-                f"A window must start at or behind the frozen length {self.frozen_length.tolist()}, got "
-                f"{lo.tolist()}: frozen positions are never rewritten."
+                f"A window must start at or behind the frozen length {self.frozen}, got {lo}: frozen positions are "
+                "never rewritten."
             )
         length = self.canvas_length
-        if length is None and lo.any():
+        if length is None and max(lo) > 0:
             raise ValueError(
-                f"The first window must start at position 0, got {lo.tolist()}: every state is computed once before "
-                "it is kept."
+                f"The first window must start at position 0, got {lo}: every state is computed once before it is kept."
             )
-        if (hi <= lo).any() or (length is not None and (hi > length).any()):
+        if _any_below(hi, [start + 1 for start in lo]) or (length is not None and max(hi) > length):
             raise ValueError(
-                f"A window must hold at least one position and end within the canvas of {length}, got "
-                f"{lo.tolist()} to {hi.tolist()}."
+                f"A window must hold at least one position and end within the canvas of {length}, got {lo} to {hi}."
             )
         self.lowest = lo
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        if self.frozen_length.numel() > 1:
-            self.frozen_length = self.frozen_length.repeat_interleave(repeats)
-        if self.lowest.numel() > 1:
-            self.lowest = self.lowest.repeat_interleave(repeats)
+        self._select(lambda numbers: [number for number in numbers for _ in range(repeats)])
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` of the batch, in that order."""
         super().batch_select_indices(indices)
-        if self.frozen_length.numel() > 1:
-            self.frozen_length = self.frozen_length[indices.cpu()]
-        if self.lowest.numel() > 1:
-            self.lowest = self.lowest[indices.cpu()]
+        self._select(lambda numbers: [numbers[index] for index in indices.tolist()])
+
+    def _select(self, rows: Callable) -> None:
+        self.frozen, self.lowest = (rows(one) if len(one) > 1 else one for one in (self.frozen, self.lowest))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -250,6 +251,13 @@ class FreeCache(DynamicCache):
     def reset(self) -> None:
         """Drop all states; the next forward sizes the buffers again."""
         super().reset()
-        self.frozen_length, self.lowest = torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long)
+        self.frozen, self.lowest = [0], [0]
         self.target.start, self.target.stop, self.target.positions, self.target.attended = 0, None, None, None
         self.target.computed = 0
+
+
+def _any_below(lengths: list[int], bounds: list[int]) -> bool:
+    """Whether a number is below its row's bound; a single one is that of all rows."""
+    if len(lengths) == 1 or len(bounds) == 1:
+        return min(lengths) < max(bounds)
+    return any(length < bound for length, bound in zip(lengths, bounds, strict=True))

@@ -36,7 +36,7 @@ class Denoiser:
         self.is_static = compile_config is not None
         self.cache = cache
         self.shift = logits_shift
-        self.first = canvas_mask.argmax(1).cpu()  # where each row begins, behind its padding
+        self.first = canvas_mask.argmax(1).tolist()  # where each row begins, behind its padding
         self.padded = not bool(canvas_mask.all())
         self.canvas_mask = canvas_mask
         self.position_ids = (canvas_mask.cumsum(1) - 1).clamp_min(0)
@@ -44,40 +44,48 @@ class Denoiser:
     def __call__(
         self,
         canvas: torch.LongTensor,
-        window: Window,
+        windows: list[Window],
         positions: torch.LongTensor,
         frontier: torch.LongTensor,
-    ) -> tuple[torch.Tensor, torch.LongTensor]:
+    ) -> tuple[torch.Tensor, list[int]]:
         r"""
-        One forward over the window.
+        One forward over the windows.
 
         Args:
             canvas (`torch.LongTensor` of shape `(batch_size, canvas_length)`): Token ids, masks included.
-            window ([`Window`]): The positions to recompute; with a cache, those before it are frozen.
+            windows (`list[Window]`):
+                The positions of each row to recompute; with a cache, those before them are frozen.
             positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
                 Consecutive positions to score, on the CPU. Those outside the row's window, or before its frontier, get
                 meaningless scores.
-            frontier (`torch.LongTensor` of shape `(batch_size,)`): First position of each row whose scores matter.
+            frontier (`torch.LongTensor` of shape `(batch_size,)`):
+                First position of each row whose scores matter, on the CPU.
 
         Returns:
-            `tuple`: logits in float32 of shape `(batch_size, num_positions, vocab_size)`, and the number of query
-            positions computed for each row.
+            `tuple`: logits in float32 of shape `(batch_size, num_positions, vocab_size)`, and for each row the number
+            of query positions computed.
         """
-        feed, slots, computed = self._plan(window, positions, frontier)
-        first, last = int(slots.min()), int(slots.max())
-        kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
+        feed, slots, computed = self._plan(windows, positions, frontier.tolist())
+        num_positions = positions.shape[1]
+        if isinstance(slots, int):
+            first, last = slots, slots + num_positions - 1
+        else:
+            first, last = int(slots.min()), int(slots.max())
         input_ids, position_ids = (
             ids[:, feed] if isinstance(feed, slice) else ids.gather(1, feed) for ids in (canvas, self.position_ids)
         )
+        kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
         logits = self.forward(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=self._attention_mask(window.attended),
+            attention_mask=self._attention_mask([window.attended for window in windows]),
             past_key_values=self.cache,
             use_cache=self.cache is not None,
-            logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1),
+            logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
         ).logits
-        if slots.shape[1] != logits.shape[1] or not (slots == slots[:1]).all():
+        if isinstance(slots, int):
+            logits = logits[:, :num_positions]
+        else:
             rows = torch.arange(len(slots), device=logits.device)[:, None]
             logits = logits[rows, (slots - first).to(logits.device)]
         return logits.float(), computed
@@ -86,77 +94,100 @@ class Denoiser:
         """`width`, or for static shapes the next of the few that are compiled."""
         return -(-width // WIDTH_STEP) * WIDTH_STEP if self.is_static else width
 
-    def _plan(self, window: Window, positions: torch.LongTensor, frontier: torch.LongTensor):
+    def _plan(self, windows: list[Window], positions: torch.LongTensor, frontier: list[int]):
         """
-        What to feed, as a slice where all rows agree and `(B, n)` positions elsewhere; the slot `(B, N)` of it whose
-        output scores each position; how many positions each row computes. Tells the cache where the states go.
+        What to feed, as a slice where all rows agree and `(B, n)` positions elsewhere; the slots of it whose output
+        scores the positions, as the first of consecutive ones where all rows agree and `(B, N)` elsewhere; how many
+        positions each row computes. Tells the cache where the states go.
         """
-        # With a shift the first score comes from the position before it, which a cut window has to include.
-        source = torch.maximum(positions - self.shift, self.first[:, None])
-        lo = torch.minimum(window.lo, (frontier - self.shift).clamp_min(0))
         if self.cache is None:
-            stop = int(window.hi.max())
-            return slice(0, stop), source.clamp_max(stop - 1), window.hi
-        if (window.frozen < self.cache.frozen_length).any():
-            self.cache.thaw()
-        self.cache.freeze(torch.minimum(window.frozen, lo))
-        attended = self._num_keys(window.attended)
-        if window.scored is not None:
-            return self._plan_scattered(window, source, attended)
-        starts, stops, computed = lo.tolist(), window.hi.tolist(), window.hi - lo
-        slots = (source - lo[:, None]).clamp(min=0, max=int(computed.max()) - 1)
-        if len(set(starts)) == len(set(stops)) == 1 and not self._sees_all:
-            self.cache.window(starts[0], stops[0], attended)
-            return slice(starts[0], stops[0]), slots, computed
+            stop = max(window.hi for window in windows)
+            slots = self._slots(positions, [0] * len(windows), stop)
+            return slice(0, stop), slots, [window.hi for window in windows]
+        # With a shift the first score comes from the position before it, which a cut window has to include.
+        lows = [min(window.lo, max(first - self.shift, 0)) for window, first in zip(windows, frontier, strict=True)]
+        stops = [window.hi for window in windows]
+        frozen = [min(window.frozen, lo) for window, lo in zip(windows, lows, strict=True)]
+        if any(window.frozen < length for window, length in zip(windows, self.cache.frozen, strict=False)):
+            self.cache.thaw()  # a fresh cache has one length for all rows, 0, which nothing is below
+        self.cache.freeze(frozen)
+        attended = self._num_keys([window.attended for window in windows])
+        if any(window.scored is not None for window in windows):
+            return self._plan_scattered(windows, positions, attended)
+        computed = [stop - lo for stop, lo in zip(stops, lows, strict=True)]
+        slots = self._slots(positions, lows, max(computed))
+        if len(set(lows)) == len(set(stops)) == 1 and not self._sees_all:
+            self.cache.window(lows[0], stops[0], attended)
+            return slice(lows[0], stops[0]), slots, computed
         # A row with a smaller window repeats its last position: the same states are computed and stored twice.
-        feed = torch.minimum(lo[:, None] + torch.arange(self._width(int(computed.max()))), window.hi[:, None] - 1)
+        slot = torch.arange(self._width(max(computed)))
+        feed = torch.minimum(torch.tensor(lows)[:, None] + slot, torch.tensor(stops)[:, None] - 1)
         self.cache.scatter(feed, attended)
         return feed.to(self.canvas_mask.device), slots, computed
 
-    def _plan_scattered(self, window: Window, source: torch.LongTensor, attended: int):
-        """The same for a window that recomputes only what scores certain positions."""
-        fed = window.scored
+    def _slots(self, positions: torch.LongTensor, lows: list[int], width: int) -> int | torch.LongTensor:
+        """Where in windows of `width` positions that begin at `lows` stands what scores the `positions`."""
+        first = [start - self.shift - lo for start, lo in zip(positions[:, 0].tolist(), lows, strict=True)]
+        inside = 0 <= first[0] <= width - positions.shape[1]
+        if (
+            inside
+            and len(set(first)) == 1
+            and all(one + lo >= begin for one, lo, begin in zip(first, lows, self.first, strict=True))
+        ):
+            return first[0]
+        return (self._source(positions) - torch.tensor(lows)[:, None]).clamp(0, width - 1)
+
+    def _source(self, positions: torch.LongTensor) -> torch.LongTensor:
+        """The positions whose output scores `positions`; a row's first token has none, and gets its own."""
+        return torch.maximum(positions - self.shift, torch.tensor(self.first)[:, None])
+
+    def _plan_scattered(self, windows: list[Window], positions: torch.LongTensor, attended: int):
+        """The same as `_plan` for windows that recompute only what scores certain positions."""
+        length = self.canvas_mask.shape[1]
+        scored = [bytearray(b"\1" * length) if window.scored is None else window.scored for window in windows]
+        scored = torch.frombuffer(bytearray().join(scored), dtype=torch.bool).view(len(windows), length)
+        fed = scored
         if self.shift:
             fed = fed.roll(-1, 1)
-            fed[:, -1] = window.scored.all(1)  # scores nothing in the canvas: recomputed in a refresh only
-            if window.scored_too:
-                fed |= window.scored
-                fed[:, -1] = fed[:, -2]
-        fed = fed & (torch.arange(fed.shape[1]) >= window.frozen[:, None])
+            fed[:, -1] = scored.all(1)  # scores nothing in the canvas: recomputed in a refresh only
+            too = torch.tensor([window.scored_too for window in windows])[:, None]
+            fed |= scored & too
+            fed[:, -1:] = torch.where(too, fed[:, -2:-1], fed[:, -1:])
+        fed = fed & (torch.arange(length) >= torch.tensor([window.frozen for window in windows])[:, None])
         computed = fed.sum(1)
         order = (~fed).long().argsort(dim=1, stable=True)
         slot = torch.arange(self._width(int(computed.max())))
         feed = order.gather(1, torch.minimum(slot, computed[:, None] - 1))
         self.cache.scatter(feed, attended)
-        slots = (fed.cumsum(1) - 1).clamp_min(0).gather(1, source)
-        return feed.to(self.canvas_mask.device), slots, computed
+        slots = (fed.cumsum(1) - 1).clamp_min(0).gather(1, self._source(positions))
+        return feed.to(self.canvas_mask.device), slots, computed.tolist()
 
     @property
     def _sees_all(self) -> bool:
         """Whether the keys are the whole buffer, and only the mask says which of them are seen."""
         return self.is_static and self.cache is not None and self.cache.is_initialized
 
-    def _num_keys(self, attended: torch.LongTensor) -> int:
+    def _num_keys(self, attended: list[int]) -> int:
         """How many leading keys the queries are given; a mask hides those that a row does not see."""
-        return self.canvas_mask.shape[1] if self._sees_all else int(attended.max())
+        return self.canvas_mask.shape[1] if self._sees_all else max(attended)
 
-    def _attention_mask(self, attended: torch.LongTensor) -> torch.LongTensor | None:
+    def _attention_mask(self, attended: list[int]) -> torch.LongTensor | None:
         """2D mask over the attended keys, `None` where every row sees them all."""
         longest = self._num_keys(attended)
-        uneven = self._sees_all or not (attended == longest).all()
+        uneven = self._sees_all or min(attended) < longest
         if not self.padded and not uneven:
             return None
         mask = self.canvas_mask[:, :longest]
         if uneven:
             device = mask.device
-            mask = mask * (torch.arange(longest, device=device) < attended.to(device)[:, None])
+            mask = mask * (torch.arange(longest, device=device) < torch.tensor(attended, device=device)[:, None])
         return mask
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
-        self.first = self.first[indices]
+        self.first = [self.first[index] for index in indices.tolist()]
         if self.cache is not None:
             self.cache.batch_select_indices(indices)
 
@@ -178,16 +209,13 @@ class ClassifierFreeGuidance:
         self.denoiser, self.scale = denoiser, scale
         self.unconditional, self.given = unconditional, given
 
-    def __call__(self, canvas, window, positions, frontier) -> tuple[torch.Tensor, torch.LongTensor]:
+    def __call__(self, canvas, windows, positions, frontier) -> tuple[torch.Tensor, list[int]]:
         """As [`Denoiser`], with the positions of both halves counted."""
         canvas = torch.cat([canvas, torch.where(self.given, self.unconditional, canvas)])
-        doubled = {
-            name: value.repeat(2, *[1] * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(window).items()
-        }
-        logits, computed = self.denoiser(canvas, Window(**doubled), positions.repeat(2, 1), frontier.repeat(2))
+        logits, computed = self.denoiser(canvas, 2 * windows, positions.repeat(2, 1), frontier.repeat(2))
         conditional, unconditional = logits.chunk(2)
-        return unconditional + self.scale * (conditional - unconditional), sum(computed.chunk(2))
+        logits = unconditional + self.scale * (conditional - unconditional)
+        return logits, [sum(halves) for halves in zip(computed[: len(windows)], computed[len(windows) :], strict=True)]
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""

@@ -4,12 +4,13 @@ Owns the state of a decode and the one denoising loop. It calls only what it was
 schedule, an unmasking rule, processors. Knows nothing of which model it runs, which method its parts make up, that a
 guider exists, or of configurations.
 
-Shapes: B rows still unfinished, L canvas length, N candidate positions, V vocabulary. The canvas and the scores live
-on the model's device; all bookkeeping is on the CPU and costs one transfer, the canvas, per step.
+Shapes: B rows still unfinished, L canvas length, N candidate positions, V vocabulary. The canvas and the scores are
+tensors on the model's device. Where a row stands are plain numbers, a [`Row`] each: they cost next to nothing beside a
+forward, and one transfer per step, of the N tokens just drafted, keeps them up to date.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,30 +18,64 @@ from .unmasking import negative_entropy, select
 from .windows import WindowPolicy
 
 
-@dataclass(frozen=True)
+@dataclass
+class Row:
+    """Where one unfinished row stands."""
+
+    index: int  # of the caller's batch
+    tokens: list[int]  # the canvas, masks included
+    masked: bytearray  # for each position whether it is masked
+    frontiers: list[int]  # first masked position now, and as the k-th last forward saw it (0: none)
+    written: list[int] = field(default_factory=list)  # positions written at the last step
+    written_entropy: float = 0.0  # the highest of their distributions, where it is measured
+    block_index: int = -1  # the block being unmasked, -1 before the first step
+    block_start: int = 0
+    block_stop: int = 0  # exclusive
+    block_masked: int = 0  # masked positions up to the block's end when the row entered it
+    block_nfe: int = 0  # forwards since then
+    step: int = 0  # where the block's schedule stands
+    nfe: int = 0  # forwards so far
+    active_tokens: int = 0  # query positions computed so far
+
+    @property
+    def frontier(self) -> int:
+        """The first masked position; the length of the canvas where nothing is masked."""
+        return self.frontiers[0]
+
+    def write(self, start: int, tokens: list[int], mask_token_id: int) -> None:
+        """Take over what the canvas holds from `start` on after a step."""
+        self.written = [
+            position
+            for position, token in enumerate(tokens, start)
+            if self.masked[position] and token != mask_token_id
+        ]
+        for position in self.written:
+            self.tokens[position], self.masked[position] = tokens[position - start], False
+        frontier = self.masked.find(True, self.frontier)
+        self.frontiers = [len(self.masked) if frontier < 0 else frontier, *self.frontiers[:-1]]
+
+
+@dataclass
 class DenoisingState:
-    """Where the unfinished rows stand. A step makes a new one; only the cache and the guider mutate."""
+    """The canvas and where its rows stand; a step changes both."""
 
     canvas: torch.LongTensor  # (B, L) token ids, masks included
-    tokens: torch.LongTensor  # (B, L) the canvas on the CPU
-    masked: torch.BoolTensor  # (B, L) on the CPU
-    previously_masked: torch.BoolTensor  # (B, L) as the last forward saw it
-    rows: torch.LongTensor  # (B,) which row of the caller's batch each row is
-    frontiers: torch.LongTensor  # (B, 1 + H) first masked position now, and as the k-th last forward saw it (0: none)
-    block_index: torch.LongTensor  # (B,) the block being unmasked, -1 before the first step
-    block_start: torch.LongTensor  # (B,)
-    block_stop: torch.LongTensor  # (B,) exclusive
-    block_masked: torch.LongTensor  # (B,) masked positions up to the block's end when the row entered it
-    block_nfe: torch.LongTensor  # (B,) forwards since then
-    step: torch.LongTensor  # (B,) where the block's schedule stands
-    nfe: torch.LongTensor  # (B,) forwards so far
-    active_tokens: torch.LongTensor  # (B,) query positions computed so far
-    written_entropy: torch.Tensor  # (B,) highest entropy of a token written at the last step, where it is measured
+    rows: list[Row]
+    mask_token_id: int
 
-    def __getitem__(self, indices: torch.LongTensor) -> "DenoisingState":
-        """The state of the rows `indices`."""
-        values = {name: value[indices.to(value.device)] for name, value in vars(self).items()}
-        return DenoisingState(**values)
+    @classmethod
+    def start(cls, canvas: torch.LongTensor, mask_token_id: int, history: int) -> "DenoisingState":
+        """The state before the first step, for a canvas `(B, L)` with at least one mask in every row."""
+        rows = []
+        for index, tokens in enumerate(canvas.tolist()):
+            masked = bytearray(token == mask_token_id for token in tokens)
+            rows.append(Row(index, tokens, masked, [masked.find(True)] + [0] * history))
+        return cls(canvas, rows, mask_token_id)
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` (on the CPU) of the batch."""
+        self.canvas = self.canvas[indices.to(self.canvas.device)]
+        self.rows = [self.rows[index] for index in indices.tolist()]
 
 
 @dataclass(frozen=True)
@@ -60,37 +95,36 @@ class Blocks:
     lookahead: int | None = None
     synchronous: bool = False
 
-    def enter(self, state: DenoisingState) -> DenoisingState:
-        """Renew the fields of the state that depend on the block its frontier has reached."""
-        index = (state.frontiers[:, 0] - self.prompt_length).clamp_min(0) // self.block_length
-        if self.synchronous:
-            index = index.amin().expand_as(index)
-        entered = index != state.block_index
-        if not entered.any():
-            return state
-        start = self.prompt_length + index * self.block_length
-        stop = (start + self.block_length).clamp_max(state.masked.shape[1])
-        masked = (state.masked & (torch.arange(state.masked.shape[1]) < stop[:, None])).sum(1)
-        return replace(
-            state,
-            block_index=index,
-            block_start=start,
-            block_stop=stop,
-            block_masked=torch.where(entered, masked, state.block_masked),
-            block_nfe=torch.where(entered, 0, state.block_nfe),
-            step=torch.where(entered, 0, state.step),
-        )
+    def enter(self, rows: list[Row]) -> None:
+        """Renew what depends on the block, for the rows whose frontier has reached another one."""
+        slowest = min(row.frontier for row in rows)
+        for row in rows:
+            frontier = slowest if self.synchronous else row.frontier
+            index = max(frontier - self.prompt_length, 0) // self.block_length
+            if index != row.block_index:
+                row.block_index = index
+                row.block_start = self.prompt_length + index * self.block_length
+                row.block_stop = min(row.block_start + self.block_length, len(row.masked))
+                row.block_masked = row.masked.count(True, 0, row.block_stop)
+                row.block_nfe = row.step = 0
 
-    def candidates(self, state: DenoisingState, hi: torch.LongTensor) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """Consecutive positions `(B, N)` from each row's frontier on, and which of them may be written; on the CPU."""
-        start = state.frontiers[:, 0]
-        stop = state.block_stop if self.lookahead is None else start + self.lookahead
-        stop = torch.minimum(stop, hi)
-        num_positions = int((stop - start).max())
+    def candidates(self, rows: list[Row], ends: list[int]) -> tuple[torch.LongTensor, torch.BoolTensor]:
+        """
+        Consecutive positions `(B, N)` from each row's frontier on, before its end of `ends`, and which of them may be
+        written; on the CPU.
+        """
+        stops = [min(self._stop(row), end) for row, end in zip(rows, ends, strict=True)]
+        count = max(stop - row.frontier for row, stop in zip(rows, stops, strict=True))
         # Rows near the end of the canvas start earlier: what lies before their frontier is no candidate.
-        positions = start.clamp_max(state.masked.shape[1] - num_positions)[:, None] + torch.arange(num_positions)
-        candidate = state.masked.gather(1, positions) & (positions < stop[:, None])
-        return positions, candidate & (positions >= start[:, None])
+        starts = [min(row.frontier, len(row.masked) - count) for row in rows]
+        candidate = bytearray()
+        for row, start, stop in zip(rows, starts, stops, strict=True):
+            candidate += row.masked[start:stop].ljust(count, b"\0")
+        positions = torch.tensor(starts)[:, None] + torch.arange(count)
+        return positions, torch.frombuffer(candidate, dtype=torch.bool).view(len(rows), count)
+
+    def _stop(self, row: Row) -> int:
+        return row.block_stop if self.lookahead is None else row.frontier + self.lookahead
 
 
 @dataclass(frozen=True)
@@ -101,7 +135,7 @@ class Method:
     Args:
         window_policy ([`WindowPolicy`]): Which positions a forward recomputes.
         blocks ([`Blocks`]): Which positions may be written.
-        schedule (`Callable`): `state -> (quota, next step)`, see [`UniformSchedule`].
+        schedule (`Callable`): `row -> (quota, next step)`, see [`UniformSchedule`].
         rule (`Callable`, *optional*): How many of the most confident candidates are written, see [`select`].
     """
 
@@ -109,32 +143,6 @@ class Method:
     blocks: Blocks
     schedule: Callable
     rule: Callable | None = None
-
-
-def start_denoising(canvas: torch.LongTensor, mask_token_id: int, history: int) -> DenoisingState:
-    """The state before the first step, for a canvas `(B, L)` with at least one mask in every row."""
-    tokens = canvas.cpu()
-    masked = tokens == mask_token_id
-    zeros = torch.zeros(len(canvas), dtype=torch.long)
-    frontiers = torch.zeros(len(canvas), 1 + history, dtype=torch.long)
-    frontiers[:, 0] = masked.int().argmax(1)
-    return DenoisingState(
-        canvas=canvas,
-        tokens=tokens,
-        masked=masked,
-        previously_masked=masked,
-        rows=torch.arange(len(canvas)),
-        frontiers=frontiers,
-        block_index=zeros - 1,
-        block_start=zeros,
-        block_stop=zeros,
-        block_masked=zeros,
-        block_nfe=zeros,
-        step=zeros,
-        nfe=zeros,
-        active_tokens=zeros,
-        written_entropy=torch.zeros(len(canvas)),
-    )
 
 
 def denoise(
@@ -155,71 +163,69 @@ def denoise(
     5. Rows that are finished leave the batch.
 
     Args:
-        state ([`DenoisingState`]): From [`start_denoising`].
-        denoiser (`Callable`): `(canvas, window, positions, frontier) -> (scores (B, N, V), query positions computed
-            (B,))`, with `batch_select_indices`, see [`Denoiser`].
+        state ([`DenoisingState`]): From [`DenoisingState.start`].
+        denoiser (`Callable`): `(canvas, windows, positions, frontier) -> (scores (B, N, V), query positions computed
+            in each row)`, with `batch_select_indices`, see [`Denoiser`].
         method ([`Method`]): The parts that decide.
         processors (`Callable`): `(canvas, scores, positions=, frontier=, candidate=) -> scores`, with
             `batch_select_indices`.
         drafter (`Callable`): `scores -> (token ids, confidence)`, both `(B, N)`; `-inf` refuses a position.
-        after_step (`Callable`): Is shown the state after each step and returns which rows are finished, `(B,)`.
+        after_step (`Callable`): Is shown the state after each step and returns for each row whether it is finished.
 
     Raises:
         RuntimeError: If processors refuse every candidate of a row, so that it could never finish.
     """
-    while len(state.rows):
+    while state.rows:
         # 1. windows
-        state = method.blocks.enter(state)
-        window = method.window_policy(state)
-        positions, candidate = method.blocks.candidates(state, window.hi)
+        method.blocks.enter(state.rows)
+        windows = [method.window_policy(row) for row in state.rows]
+        positions, candidate = method.blocks.candidates(state.rows, [window.hi for window in windows])
         # 2. one forward
-        frontier = state.frontiers[:, 0]
-        scores, computed = denoiser(state.canvas, window, positions, frontier)
+        frontier = torch.tensor([row.frontier for row in state.rows])
+        scores, computed = denoiser(state.canvas, windows, positions, frontier)
         # 3. drafts
         entropy = -negative_entropy(scores) if method.window_policy.needs_entropy else None
         scores = processors(state.canvas, scores, positions=positions, frontier=frontier, candidate=candidate)
         token_ids, confidence = drafter(scores)
         # 4. unmasking
-        quota, next_step = method.schedule(state)
-        unmask = select(confidence, candidate.to(confidence.device), quota.to(confidence.device), method.rule)
-        written = _write(state, positions, token_ids, unmask, due=candidate.any(1) & (quota > 0))
-        if entropy is not None:
-            written["written_entropy"] = entropy.masked_fill(~unmask, 0).amax(1).cpu()
-        state = replace(
-            state,
-            **written,
-            step=next_step,
-            block_nfe=state.block_nfe + 1,
-            nfe=state.nfe + 1,
-            active_tokens=state.active_tokens + computed,
-        )
+        quotas = []
+        for row, num_positions in zip(state.rows, computed, strict=True):
+            quota, row.step = method.schedule(row)
+            quotas.append(quota)
+            row.block_nfe, row.nfe = row.block_nfe + 1, row.nfe + 1
+            row.active_tokens += num_positions
+        device = confidence.device
+        unmask = select(confidence, candidate.to(device), torch.tensor(quotas, device=device), method.rule)
+        _write(state, positions, token_ids, unmask, entropy)
+        _check_progress(state.rows, candidate, quotas)
         # 5. finished rows leave
         finished = after_step(state)
-        if finished.any():
-            unfinished = (~finished).nonzero().squeeze(1)
-            state = state[unfinished]
-            denoiser.batch_select_indices(unfinished)
-            processors.batch_select_indices(unfinished)
+        if any(finished):
+            unfinished = torch.tensor([index for index, one in enumerate(finished) if not one], dtype=torch.long)
+            for part in (state, denoiser, processors):
+                part.batch_select_indices(unfinished)
 
 
-def _write(state: DenoisingState, positions, token_ids, unmask, due: torch.BoolTensor) -> dict:
-    """The new canvas with the chosen tokens, and the new frontiers: the one transfer of a step."""
-    positions = positions.to(state.canvas.device)
-    written = torch.where(unmask, token_ids, state.canvas.gather(1, positions))
-    canvas = state.canvas.scatter(1, positions, written)
-    tokens = canvas.cpu()
-    masked = state.masked & (tokens == state.tokens)
-    stuck = due & (masked == state.masked).all(1)
-    if stuck.any():
-        raise RuntimeError(
-            f"Row {int(state.rows[stuck][0])} could not unmask any position: every candidate was refused or has no "
-            "finite score. A logits processor must leave each unfinished row a candidate other than the mask token."
-        )
-    frontier = torch.where(masked.any(1), masked.int().argmax(1), masked.shape[1])[:, None]
-    return {
-        "canvas": canvas,
-        "tokens": tokens,
-        "masked": masked,
-        "previously_masked": state.masked,
-        "frontiers": torch.cat([frontier, state.frontiers[:, :-1]], 1),
-    }
+def _write(state: DenoisingState, positions, token_ids, unmask, entropy: torch.Tensor | None) -> None:
+    """Write the chosen tokens on the canvas, and tell the rows: the one transfer of a step."""
+    on_device = positions.to(state.canvas.device)
+    written = torch.where(unmask, token_ids, state.canvas.gather(1, on_device))
+    state.canvas = state.canvas.scatter(1, on_device, written)
+    if entropy is not None:  # a token id is exact in float32, too
+        written, entropies = torch.stack([written.float(), entropy.masked_fill(~unmask, 0)]).tolist()
+        for row, tokens, nats in zip(state.rows, written, entropies, strict=True):
+            row.written_entropy = max(nats)
+        written = [list(map(int, tokens)) for tokens in written]
+    else:
+        written = written.tolist()
+    for row, start, tokens in zip(state.rows, positions[:, 0].tolist(), written, strict=True):
+        row.write(start, tokens, state.mask_token_id)
+
+
+def _check_progress(rows: list[Row], candidate: torch.BoolTensor, quotas: list[int]) -> None:
+    for row, candidates, quota in zip(rows, candidate, quotas, strict=True):
+        if not row.written and quota > 0 and candidates.any():
+            raise RuntimeError(
+                f"Row {row.index} could not unmask any position: every candidate was refused or has no finite score. "
+                "A logits processor must leave each unfinished row a candidate other than the mask token."
+            )

@@ -22,11 +22,11 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import FreeCache
 from .denoiser import ClassifierFreeGuidance, Denoiser
-from .denoising import denoise, start_denoising
+from .denoising import DenoisingState, denoise
 from .generation_config import PEER_NAMES, DiffusionOptions
 from .guider import ARGuider
 from .methods import choose_parts
-from .outputs import DiffusionGenerationOutput, Rows
+from .outputs import DiffusionGenerationOutput, Finish
 from .processors import CanvasProcessors
 from .streaming import Stream
 from .unmasking import Drafter
@@ -157,20 +157,20 @@ class FlashDLMGenerationMixin(GenerationMixin):
         drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
         processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip)
         # 3. The loop.
-        state = start_denoising(canvas, mask_token_id, method.window_policy.history)
-        rows = Rows(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
+        state = DenoisingState.start(canvas, mask_token_id, method.window_policy.history)
+        finish = Finish(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
         stream = Stream(streamer, prompt_length, skip)
 
         def after_step(state):
-            final, finished = rows.update(state)
-            stream.show(state.tokens, state.rows, final)
+            final, finished = finish.update(state)
+            stream.show(state.rows, final)
             return finished
 
         denoise(state, denoiser, method, processors, drafter, after_step)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
-        output = rows.output(input_ids.device, skip=skip, **statistics)
+        output = finish.output(input_ids.device, skip=skip, **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
 
 
@@ -351,8 +351,10 @@ def _pad_token_id(generation_config: GenerationConfig) -> int:
     return 0 if ends is None else ends[0] if isinstance(ends, list) else ends
 
 
-def _ends(options: DiffusionOptions, stopping_criteria: list) -> tuple[torch.LongTensor | None, list]:
+def _ends(options: DiffusionOptions, stopping_criteria: list) -> tuple[list[int], list]:
     """End tokens, and the criteria that the loop has to ask: a canvas has its length and its end tokens anyway."""
-    ends = [criterion.eos_token_id for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)]
+    ends = [
+        criterion.eos_token_id.tolist() for criterion in stopping_criteria if isinstance(criterion, EosTokenCriteria)
+    ]
     others = [one for one in stopping_criteria if not isinstance(one, EosTokenCriteria | MaxLengthCriteria)]
-    return torch.cat(ends).cpu() if ends and options.stop_at_eos else None, others
+    return sum(ends, []) if options.stop_at_eos else [], others

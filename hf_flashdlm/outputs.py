@@ -49,7 +49,7 @@ class DiffusionGenerationOutput(ModelOutput):
     guider_time_share: float | None = None
 
 
-class Rows:
+class Finish:
     r"""
     Decides after each step which rows are finished, and keeps what they end with.
 
@@ -58,57 +58,56 @@ class Rows:
 
     Args:
         state ([`DenoisingState`]): The state before the first step.
-        prompt_length (`int`): End tokens count from here on, and only where the canvas was masked.
+        prompt_length (`int`): End tokens count from here on.
         pad_token_id (`int`): Fills a row behind its end.
-        eos_token_ids (`torch.LongTensor`, *optional*): End tokens; without them rows fill their canvas.
+        eos_token_ids (`Iterable[int]`, *optional*): End tokens; without them rows fill their canvas.
         stopping_criteria (`list`): Criteria of the host, asked with `(ids (1, length), None)`.
     """
 
-    def __init__(self, state, prompt_length: int, pad_token_id: int, eos_token_ids=None, stopping_criteria=()):
-        self.sequences = torch.full_like(state.tokens, pad_token_id)
-        self.generated = state.masked
-        self.can_end = state.masked & (torch.arange(state.masked.shape[1]) >= prompt_length)
-        self.eos_token_ids = eos_token_ids
+    def __init__(self, state, prompt_length: int, pad_token_id: int, eos_token_ids=(), stopping_criteria=()):
+        self.prompt_length, self.pad_token_id = prompt_length, pad_token_id
+        self.eos_token_ids = set(eos_token_ids)
         self.stopping_criteria = stopping_criteria
-        self.clean = state.frontiers[:, 0].clone()  # (B,) prefix that was clean at the last step
-        zeros = torch.zeros_like(state.rows)
-        self.lengths, self.nfe, self.active_tokens = zeros.clone(), zeros.clone(), zeros.clone()
+        self.generated = [bytes(row.masked) for row in state.rows]  # for each position whether it was to be filled
+        self.clean = [row.frontier for row in state.rows]  # prefix that was clean at the last step
+        self.ends = [len(row.masked) + 1 for row in state.rows]  # behind the first end token written
+        self.finished: list = [None] * len(state.rows)
 
-    def update(self, state) -> tuple[torch.LongTensor, torch.BoolTensor]:
-        """The length up to which each row's text is final, and whether the row is finished; both of shape `(B,)`."""
-        length = state.masked.shape[1]
-        final = state.frontiers[:, 0].clone()
-        finished = final == length
-        if self.eos_token_ids is not None:
-            ends = torch.isin(state.tokens, self.eos_token_ids) & self.can_end[state.rows]
-            first = torch.where(ends.any(1), ends.int().argmax(1) + 1, length + 1)
-            finished |= first <= final
-            final = torch.minimum(final, first)
-        for index, row in enumerate(state.rows.tolist() if self.stopping_criteria else []):
-            for end in range(int(self.clean[row]) + 1, int(final[index]) + 1):
-                prefix = state.canvas[index : index + 1, :end]
+    def update(self, state) -> tuple[list[int], list[bool]]:
+        """For each row the length up to which its text is final, and whether it is finished."""
+        rows = [self._update(index, row, state.canvas) for index, row in enumerate(state.rows)]
+        return [final for final, _ in rows], [finished for _, finished in rows]
+
+    def _update(self, index: int, row, canvas: torch.LongTensor) -> tuple[int, bool]:
+        for position in row.written:
+            if row.tokens[position] in self.eos_token_ids and position >= self.prompt_length:
+                self.ends[row.index] = min(self.ends[row.index], position + 1)
+        final = min(row.frontier, self.ends[row.index])
+        finished = final in (self.ends[row.index], len(row.masked))
+        if self.stopping_criteria:
+            for end in range(self.clean[row.index] + 1, final + 1):
+                prefix = canvas[index : index + 1, :end]
                 if any(bool(criterion(prefix, None).all()) for criterion in self.stopping_criteria):
-                    final[index], finished[index] = end, True
+                    final, finished = end, True
                     break
-        self.clean[state.rows] = final
-        self._keep(state, final, finished)
+        self.clean[row.index] = final
+        if finished:
+            self.finished[row.index] = row
         return final, finished
-
-    def _keep(self, state, final, finished) -> None:
-        for index in finished.nonzero().flatten().tolist():
-            row, end = int(state.rows[index]), int(final[index])
-            self.sequences[row, :end] = state.tokens[index, :end]
-            self.lengths[row], self.nfe[row] = self.generated[row, :end].sum(), state.nfe[index]
-            self.active_tokens[row] = state.active_tokens[index]
-            self.clean[row] = end
 
     def output(self, device, skip: int = 0, **guider_statistics) -> DiffusionGenerationOutput:
         """The output of the call, on `device`, without the first `skip` columns, cut behind its longest row."""
-        longest = int(self.clean.max())
+        longest = max(self.clean)
+        sequences = [
+            row.tokens[skip:end] + [self.pad_token_id] * (longest - end)
+            for row, end in zip(self.finished, self.clean, strict=True)
+        ]
+        lengths = [sum(one[:end]) for one, end in zip(self.generated, self.clean, strict=True)]
+        nfe = torch.tensor([row.nfe for row in self.finished])
         return DiffusionGenerationOutput(
-            sequences=self.sequences[:, skip:longest].to(device),
-            nfe=self.nfe,
-            tokens_per_forward=self.lengths / self.nfe,
-            active_tokens=self.active_tokens,
+            sequences=torch.tensor(sequences, device=device),
+            nfe=nfe,
+            tokens_per_forward=torch.tensor(lengths) / nfe,
+            active_tokens=torch.tensor([row.active_tokens for row in self.finished]),
             **guider_statistics,
         )

@@ -1,4 +1,4 @@
-"""Schedules: how many tokens each row writes at a step, known before any logits.
+"""Schedules: how many tokens a row writes at a step, known before any logits.
 
 Integer arithmetic on masked counts. Knows nothing of logits, ids or models.
 """
@@ -8,19 +8,18 @@ from dataclasses import dataclass
 import torch
 
 
-def split_steps(steps: int, num_blocks: int) -> torch.LongTensor:
+def split_steps(steps: int, num_blocks: int) -> tuple[int, ...]:
     """Spread `steps` over `num_blocks` blocks as evenly as possible, the remainder to the earlier blocks."""
-    blocks = torch.arange(num_blocks)
-    return steps // num_blocks + (blocks < steps % num_blocks).long()
+    return tuple(steps // num_blocks + (block < steps % num_blocks) for block in range(num_blocks))
 
 
 @dataclass(frozen=True)
 class MinimumSchedule:
     """One token per row and step at the least; the unmasking rule decides about more."""
 
-    def __call__(self, state) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Tokens each row writes at the least, and the step of its block at which it goes on, both `(batch_size,)`."""
-        return torch.ones_like(state.step), state.step + 1
+    def __call__(self, row) -> tuple[int, int]:
+        """Tokens that the row writes at the least, and the step of its block at which it goes on."""
+        return 1, row.step + 1
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,19 @@ class UniformSchedule:
     divided evenly over the steps of the block, the remainder one each to its first steps.
 
     Args:
-        steps (`torch.LongTensor` of shape `(num_blocks,)`): Denoising steps of each block.
+        steps (`tuple[int, ...]`): Denoising steps of each block.
     """
 
-    steps: torch.LongTensor
+    steps: tuple[int, ...]
 
-    def __call__(self, state) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Tokens each row writes, and the step of its block at which it goes on, both `(batch_size,)`."""
-        steps = self.steps[state.block_index]
-        quota = state.block_masked // steps + (state.step < state.block_masked % steps)
-        # Past its last step a block has masks left only where a narrow window hid them: they are written at once.
-        return torch.where(state.step < steps, quota, state.block_masked).clamp_min(1), state.step + 1
+    def __call__(self, row) -> tuple[int, int]:
+        """Tokens that the row writes, and the step of its block at which it goes on."""
+        steps = self.steps[row.block_index]
+        if row.step >= steps:
+            # A block has masks left here only where a narrow window hid them: they are written at once.
+            return max(row.block_masked, 1), row.step + 1
+        quota = row.block_masked // steps + (row.step < row.block_masked % steps)
+        return max(quota, 1), row.step + 1
 
 
 @dataclass(frozen=True)
@@ -51,26 +52,25 @@ class TimestepSchedule:
     all that are left. A step that would write nothing leaves the canvas as it was and is not run.
 
     Args:
-        steps (`torch.LongTensor` of shape `(num_blocks,)`): Denoising steps of each block.
+        steps (`tuple[int, ...]`): Denoising steps of each block.
         eps (`float`): The last timestep.
         run_empty_steps (`bool`): Run the steps that write nothing, as the original does.
     """
 
-    steps: torch.LongTensor
+    steps: tuple[int, ...]
     eps: float = 1e-3
     run_empty_steps: bool = False
 
-    def __call__(self, state) -> tuple[torch.LongTensor, torch.LongTensor]:
-        """Tokens each row writes, and the step of its block at which it goes on, both `(batch_size,)`."""
-        ends = self.steps.cumsum(0)[state.block_index]
-        begins = ends - self.steps[state.block_index]
-        timesteps = torch.linspace(1, self.eps, int(self.steps.sum()) + 1)
-        # float32 and truncation are part of the schedule: 16 masks at 1/16 give 0 tokens, not 1.
-        quotas = (state.masked.sum(1, keepdim=True) * (1 - timesteps[1:] / timesteps[:-1])).long()
-        quotas = torch.where(
-            torch.arange(len(timesteps) - 1) >= ends[:, None] - 1, state.block_masked[:, None], quotas
-        )
+    def __call__(self, row) -> tuple[int, int]:
+        """Tokens that the row writes, and the step of its block at which it goes on."""
+        begin = sum(self.steps[: row.block_index])
+        last = self.steps[row.block_index] - 1
         # Past its last step a block has masks left only where a narrow window hid them: they are written at once.
-        ahead = torch.arange(len(timesteps) - 1) >= torch.minimum(begins + state.step, ends - 1)[:, None]
-        index = (ahead & ((quotas > 0) | self.run_empty_steps)).int().argmax(1)
-        return quotas.gather(1, index[:, None]).squeeze(1), index + 1 - begins
+        step = min(row.step, last)
+        timesteps = torch.linspace(1, self.eps, sum(self.steps) + 1)[begin + step : begin + last + 1]
+        # float32 and truncation are part of the schedule: 16 masks at 1/16 give 0 tokens, not 1.
+        quotas = (row.masked.count(True) * (1 - timesteps[1:] / timesteps[:-1])).long().tolist()
+        for ahead, quota in enumerate(quotas):
+            if quota > 0 or self.run_empty_steps:
+                return quota, step + ahead + 1
+        return row.block_masked, last + 1

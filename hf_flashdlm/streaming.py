@@ -23,19 +23,17 @@ class Stream:
     def __init__(self, streamer, prompt_length: int, skip: int = 0):
         self.streamer, self.skip = streamer, skip
         self.final = prompt_length
-        self.canvas = None  # (B, L) of the whole batch, finished rows as they ended
+        self.canvas: list[list[int]] = []  # of the whole batch: the rows' own lists, which stay as the rows ended
 
-    def show(self, canvas: torch.LongTensor, rows: torch.LongTensor, final: torch.LongTensor) -> None:
-        """Show the canvas `(B, L)` of the rows `rows` `(B,)` of the batch, whose first `final` `(B,)` ids stay."""
+    def show(self, rows: list, final: list[int]) -> None:
+        """Show the [`Row`]s of a state, whose first `final` ids stay."""
         if self.streamer is None:
             return
         if getattr(self.streamer, "shows_canvas", False):
-            if self.canvas is None:
-                self.canvas = canvas.clone()
-            self.canvas[rows] = canvas
-            self.streamer.put_draft(self.canvas[:, self.skip :])
+            self.canvas = self.canvas or [row.tokens for row in rows]
+            self.streamer.put_draft(torch.tensor(self.canvas)[:, self.skip :])
             return
-        end = int(final[0])
+        canvas, end = torch.tensor([rows[0].tokens]), final[0]
         if end > self.final:
             self.streamer.put(canvas[0, self.final : end])
             self.final = end

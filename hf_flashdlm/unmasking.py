@@ -40,12 +40,13 @@ def draft(
     others[..., mask_token_id] = -torch.inf
     noisy = others if temperature is None else others + gumbel(others, generator)
     token_ids = noisy.argmax(-1, keepdim=True)
-    best = others.gather(-1, token_ids).squeeze(-1)
+    best = others.gather(-1, token_ids)
     others[..., mask_token_id] = scores[..., mask_token_id]
     others.scatter_(-1, token_ids, -torch.inf)
     if temperature is not None:
         best, others = best * temperature, others * temperature
-    log_odds = (best - others.logsumexp(-1)).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+    # Of a refused position infinity less infinity is left, and nothing of its odds.
+    log_odds = (best.squeeze(-1) - others.logsumexp(-1)).nan_to_num(-torch.inf, torch.inf, -torch.inf)
     return token_ids.squeeze(-1), log_odds.to(
         torch.float32 if scores.device.type == "mps" else torch.float64
     ).sigmoid()
@@ -179,8 +180,7 @@ def select(
     Returns:
         `torch.BoolTensor` of shape `(batch_size, num_positions)`.
     """
-    candidate = candidate & (confidence > -torch.inf)
     ranked, order = confidence.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True)
     count = quota if rule is None else torch.maximum(rule(ranked), quota)
     chosen = torch.arange(ranked.shape[1], device=ranked.device) < count[:, None]
-    return torch.zeros_like(candidate).scatter(1, order, chosen) & candidate
+    return torch.zeros_like(chosen).scatter_(1, order, chosen & (ranked > -torch.inf))

@@ -1,47 +1,45 @@
 """Window policies: which positions a denoising step recomputes, and which it freezes.
 
 Owns the table "cache method -> [lo, hi)". Knows nothing of models, logits or how tokens are chosen; it reads where
-each row stands and answers with positions.
+a row stands and answers with positions.
 """
 
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
-
 
 @dataclass(frozen=True)
 class Window:
     r"""
-    What one forward computes, in canvas positions. All tensors are on the CPU.
+    What one forward computes of a row, in canvas positions.
 
     Args:
-        lo (`torch.LongTensor` of shape `(batch_size,)`): First recomputed position of each row.
-        hi (`torch.LongTensor` of shape `(batch_size,)`): End of the recomputed positions, exclusive.
-        attended (`torch.LongTensor` of shape `(batch_size,)`): The queries of a row see its keys `[0, attended)`.
-        frozen (`torch.LongTensor` of shape `(batch_size,)`):
+        lo (`int`): First recomputed position.
+        hi (`int`): End of the recomputed positions, exclusive.
+        attended (`int`): The queries see the keys `[0, attended)`.
+        frozen (`int`):
             The states of `[0, frozen)` stay as they are. Less than before thaws them, for a refresh.
-        scored (`torch.BoolTensor` of shape `(batch_size, canvas_length)`, *optional*):
-            Recompute only what scores these positions, instead of all of `[lo, hi)`.
+        scored (`bytearray`, *optional*):
+            Recompute only what scores these positions of the canvas, one byte each, instead of all of `[lo, hi)`.
         scored_too (`bool`): Recompute these positions as well, where the logits are shifted.
     """
 
-    lo: torch.LongTensor
-    hi: torch.LongTensor
-    attended: torch.LongTensor
-    frozen: torch.LongTensor
-    scored: torch.BoolTensor | None = None
+    lo: int
+    hi: int
+    attended: int
+    frozen: int
+    scored: bytearray | None = None
     scored_too: bool = False
 
 
 class WindowPolicy(Protocol):
-    """A window policy reads a [`DenoisingState`] and returns the [`Window`] of its next forward."""
+    """A window policy reads a [`Row`] and returns the [`Window`] of its next forward."""
 
     history: int  # number of earlier forwards whose frontier the policy looks at
     synchronous: bool  # whether the rows of a batch enter a block together, so that their refreshes coincide
     needs_entropy: bool  # whether it reads `written_entropy`, which is only measured then
 
-    def __call__(self, state) -> Window: ...
+    def __call__(self, row) -> Window: ...
 
 
 @dataclass(frozen=True)
@@ -58,10 +56,9 @@ class FullWindow:
     synchronous: bool = False
     needs_entropy: bool = False
 
-    def __call__(self, state) -> Window:
-        zeros = torch.zeros_like(state.rows)
-        hi = state.block_stop if self.growing else zeros + state.canvas.shape[1]
-        return Window(zeros, hi, hi, zeros)
+    def __call__(self, row) -> Window:
+        length = row.block_stop if self.growing else len(row.tokens)
+        return Window(0, length, length, 0)
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,11 @@ class BlockWindow:
     synchronous: bool = True
     needs_entropy: bool = False
 
-    def __call__(self, state) -> Window:
-        zeros = torch.zeros_like(state.rows)
-        length = zeros + state.canvas.shape[1]
-        refresh = state.block_nfe == 0
-        lo = torch.where(refresh, 0, state.block_start)
-        hi = torch.where(refresh, length, state.block_stop) if self.dual else length
-        return Window(lo, hi, length, zeros)
+    def __call__(self, row) -> Window:
+        length = len(row.tokens)
+        if row.block_nfe == 0:
+            return Window(0, length, length, 0)
+        return Window(row.block_start, row.block_stop if self.dual else length, length, 0)
 
 
 @dataclass(frozen=True)
@@ -128,27 +123,23 @@ class FreeCacheWindow:
     def needs_entropy(self) -> bool:
         return self.refresh_entropy is not None
 
-    def __call__(self, state) -> Window:
-        refresh = self._refresh(state)
-        finished = state.frontiers[:, self.freeze_lag] - self.prompt_length
-        frozen = self.prompt_length + finished.div(self.freeze_length, rounding_mode="floor") * self.freeze_length
-        length = state.block_stop if self.growing else torch.full_like(frozen, state.canvas.shape[1])
+    def __call__(self, row) -> Window:
+        refresh = self._refresh(row)
+        length = row.block_stop if self.growing else len(row.tokens)
+        pieces = (row.frontiers[self.freeze_lag] - self.prompt_length) // self.freeze_length
+        frozen = self.prompt_length + pieces * self.freeze_length - self.left_margin
         # A row that waits at the end of a growing canvas is fed its last position.
-        lo = torch.where(refresh, 0, torch.minimum(frozen - self.left_margin, length - 1).clamp_min(0))
-        hi = length
-        if self.right_window is not None:
-            # Of a block that a growing canvas has just reached there are no stale states yet.
-            unseen = refresh | ((self.growing and self.attend_stale) & (state.block_nfe == 0))
-            hi = torch.where(unseen, length, torch.minimum(state.frontiers[:, 0] + self.right_window, length))
+        lo = 0 if refresh else max(min(frozen, length - 1), 0)
+        # Of a block that a growing canvas has just reached there are no stale states yet.
+        unseen = refresh or (self.growing and self.attend_stale and row.block_nfe == 0)
+        is_cut = self.right_window is not None and not unseen
+        hi = min(row.frontier + self.right_window, length) if is_cut else length
         return Window(lo, hi, length if self.attend_stale else hi, lo)
 
-    def _refresh(self, state) -> torch.BoolTensor:
-        refresh = state.nfe == 0
-        if self.refresh_blocks is not None:
-            refresh = refresh | ((state.block_nfe == 0) & (state.block_index % self.refresh_blocks == 0))
-        if self.refresh_entropy is not None:
-            refresh = refresh | (state.written_entropy > self.refresh_entropy)
-        return refresh
+    def _refresh(self, row) -> bool:
+        enters = self.refresh_blocks is not None and row.block_nfe == 0 and row.block_index % self.refresh_blocks == 0
+        unsure = self.refresh_entropy is not None and row.written_entropy > self.refresh_entropy
+        return row.nfe == 0 or enters or unsure
 
 
 @dataclass(frozen=True)
@@ -173,12 +164,12 @@ class DKVWindow:
     synchronous: bool = True
     needs_entropy: bool = False
 
-    def __call__(self, state) -> Window:
-        started = state.nfe > 0
-        frozen = torch.where(started, self.frozen_prompt, 0)
-        length = torch.full_like(frozen, state.canvas.shape[1])
-        refresh = (state.block_nfe % self.refresh_steps == 0) | (state.block_nfe < self.first_steps)
-        scored = refresh[:, None] | state.previously_masked
+    def __call__(self, row) -> Window:
+        frozen, length = self.frozen_prompt if row.nfe else 0, len(row.tokens)
+        scored = None
+        if row.block_nfe % self.refresh_steps and row.block_nfe >= self.first_steps:
+            scored = row.masked.copy()
+            for position in row.written:
+                scored[position] = True
         # A canvas without decoded tokens is recomputed to its end, whatever the shift.
-        scored_too = self.scored_too or bool((state.nfe == 1).all())
-        return Window(frozen, length, length, frozen, None if refresh.all() else scored, scored_too)
+        return Window(frozen, length, length, frozen, scored, self.scored_too or row.nfe == 1)

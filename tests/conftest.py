@@ -1,7 +1,6 @@
 """Set-up of the whole suite: no network, few threads."""
 
 import os
-from dataclasses import replace
 from pathlib import Path
 
 
@@ -16,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import hf_flashdlm  # noqa: F401  registers the models
-from hf_flashdlm.denoising import start_denoising
+from hf_flashdlm.denoising import DenoisingState
 
 
 torch.set_num_threads(1)  # the tensors are tiny, and workers run side by side
@@ -79,10 +78,13 @@ def spell():
 
 @pytest.fixture(scope="session")
 def start(spell):
-    """`start("ab__", history=0, nfe=[1])` is the state before the first step of a spelled canvas, fields replaced."""
+    """`start("ab__", history=0, nfe=[1])` is the state before the first step of a spelled canvas; fields of its rows."""
 
     def start(*texts, history=0, **fields):
-        state = start_denoising(spell(*texts), ord("_"), history)
-        return replace(state, **{name: torch.as_tensor(value) for name, value in fields.items()})
+        state = DenoisingState.start(spell(*texts), ord("_"), history)
+        for name, values in fields.items():
+            for row, value in zip(state.rows, values, strict=True):
+                setattr(row, name, value)
+        return state
 
     return start

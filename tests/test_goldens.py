@@ -243,21 +243,22 @@ def is_fastdllm_block(case):
 class FirstTokenBlocks(Blocks):
     """Fast-dLLM's way around Dream's shift: the refresh of a block writes the block's first position only."""
 
-    def candidates(self, state, hi):
-        positions, candidate = super().candidates(state, hi)
-        return positions, candidate & ((state.block_nfe > 0) | (positions == state.block_start))
+    def candidates(self, rows, ends):
+        positions, candidate = super().candidates(rows, ends)
+        (row,) = rows
+        return positions, candidate & ((row.block_nfe > 0) | (positions == row.block_start))
 
 
 @dataclass(frozen=True)
 class BlockTimesteps(TimestepSchedule):
     """Fast-dLLM's timesteps run over each block for itself; step 0 is the refresh."""
 
-    def __call__(self, state):
-        steps, step, masked = int(self.steps[0]), int(state.step[0]), state.masked[:, : int(state.block_stop)].sum(1)
+    def __call__(self, row):
+        steps, masked = self.steps[0], row.masked.count(True, 0, row.block_stop)
         timesteps = torch.linspace(1, self.eps, steps + 1)
-        share = 1 - timesteps[step + 1] / timesteps[step]
-        quota = masked if step == steps - 1 else (masked * share).long()
-        return (quota if step else torch.ones_like(quota)), state.step + 1
+        share = 1 - timesteps[row.step + 1] / timesteps[row.step]
+        quota = masked if row.step == steps - 1 else int(masked * share)
+        return (quota if row.step else 1), row.step + 1
 
 
 @parametrize("fastdllm_dream", keep=is_fastdllm_block)
@@ -387,19 +388,17 @@ class GreedyOrder:
     def __init__(self, orders, settings, schedule):
         self.orders, self.settings, self.schedule = orders, settings, schedule
 
-    def __call__(self, state):
+    def __call__(self, row):
         """As a window policy: the positions of this step, of the last one, and masked neighbours of the former."""
-        self.state, order = state, self.orders[int(state.block_index)]
-        written = [position for position in order if not state.masked[0, position]]
-        now = order[len(written) : len(written) + int(self.schedule(state)[0])]
-        scored = torch.zeros_like(state.masked)
-        scored[0, now] = True
-        scored |= state.previously_masked & ~state.masked
+        self.row, order, length = row, self.orders[row.block_index], len(row.masked)
+        written = [position for position in order if not row.masked[position]]
+        now = order[len(written) : len(written) + self.schedule(row)[0]]
+        scored = bytearray(position in now or position in row.written for position in range(length))
         for position in now:
-            scored[0, self.neighbours(position, state.masked[0], scored[0])] = True
-        zeros, length = torch.zeros_like(state.rows), torch.full_like(state.rows, state.masked.shape[1])
-        refresh = int(state.block_nfe) % self.settings["cache_reloading_step"] == 0
-        return Window(zeros, length, length, zeros, None if refresh else scored)
+            for neighbour in self.neighbours(position, row.masked, scored):
+                scored[neighbour] = True
+        refresh = row.block_nfe % self.settings["cache_reloading_step"] == 0
+        return Window(0, length, length, 0, None if refresh else scored)
 
     def neighbours(self, position, masked, taken):
         found, distance = [], 1
@@ -414,9 +413,9 @@ class GreedyOrder:
     def draft(self, scores):
         """As a drafter: the confidence is the place in the order."""
         token_ids, _ = hf_flashdlm.unmasking.draft(scores, self.settings["mask_id"])
-        positions = int(self.state.frontiers[0, 0]) + torch.arange(scores.shape[1])
-        order = self.orders[int(self.state.block_index)]
-        places = [-order.index(position) if position in order else -torch.inf for position in positions.tolist()]
+        positions = range(self.row.frontier, self.row.frontier + scores.shape[1])
+        order = self.orders[self.row.block_index]
+        places = [-order.index(position) if position in order else -torch.inf for position in positions]
         return token_ids, torch.tensor([places], dtype=torch.float)
 
 

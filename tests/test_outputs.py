@@ -1,11 +1,9 @@
 """When a row is finished, and what the output says of it."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from hf_flashdlm.outputs import Rows
+from hf_flashdlm.outputs import Finish
 
 
 PAD, END, OTHER_END = ord("."), ord("!"), ord("?")
@@ -13,26 +11,25 @@ PROMPT = 1
 
 
 @pytest.fixture
-def rows(start):
-    def rows(*texts, ends=(END, OTHER_END), criteria=()):
-        state = start(*texts)
-        return Rows(state, PROMPT, PAD, None if ends is None else torch.tensor(ends), criteria)
+def decode(start):
+    """`decode("p____")` starts one; its `write("pa_b_", nfe=1)` is the answer when the canvas has become the texts."""
 
-    return rows
+    class Decode:
+        def __init__(self, *texts, ends=(END, OTHER_END), criteria=()):
+            self.state = start(*texts)
+            self.finish = Finish(self.state, PROMPT, PAD, ends, criteria)
+            self.output = self.finish.output
 
+        def write(self, *texts, nfe=1):
+            for number, row in enumerate(self.state.rows):
+                self.state.canvas[number] = torch.tensor([ord(letter) for letter in texts[number]])
+                row.write(0, self.state.canvas[number].tolist(), ord("_"))
+                row.nfe, row.active_tokens = nfe, 10 * nfe
+            final, finished = self.finish.update(self.state)
+            self.state.batch_select_indices((~torch.tensor(finished)).nonzero().flatten())
+            return final, finished
 
-@pytest.fixture
-def after(start):
-    """`after(*texts, nfe=1)`: the state when the canvas has become the texts."""
-
-    def after(*texts, nfe=1, rows=None):
-        state = start(*texts)
-        frontier = torch.where(state.masked.any(1), state.frontiers[:, 0], state.masked.shape[1])
-        state = replace(state, frontiers=frontier[:, None], nfe=torch.full((len(texts),), nfe))
-        state = replace(state, active_tokens=10 * state.nfe)
-        return state if rows is None else replace(state, rows=torch.tensor(rows))
-
-    return after
+    return Decode
 
 
 def text(output):
@@ -51,71 +48,77 @@ def text(output):
         ("p!b!_", 2, True),  # the first end token counts
     ],
 )
-def test_a_row_is_finished_when_all_up_to_its_end_is_written(rows, after, canvas, final, finished):
-    length, done = rows("p____").update(after(canvas))
-    assert (length.tolist(), done.tolist()) == ([final], [finished])
+def test_a_row_is_finished_when_all_up_to_its_end_is_written(decode, canvas, final, finished):
+    assert decode("p____").write(canvas) == ([final], [finished])
 
 
-def test_without_end_tokens_a_row_fills_its_canvas(rows, after):
-    tracker = rows("p____", ends=None)
-    assert tracker.update(after("pa!__"))[1].tolist() == [False]
-    assert tracker.update(after("pa!bc"))[1].tolist() == [True]
+def test_an_end_token_written_before_what_is_left_of_it_ends_the_row_later(decode):
+    run = decode("p____")
+    assert [run.write(canvas) for canvas in ("p__!_", "pa_!_", "pab!_")] == [
+        ([1], [False]),
+        ([2], [False]),
+        ([4], [True]),
+    ]
+
+
+def test_without_end_tokens_a_row_fills_its_canvas(decode):
+    run = decode("p____", ends=())
+    assert run.write("pa!__")[1] == [False]
+    assert run.write("pa!bc")[1] == [True]
 
 
 @pytest.mark.parametrize(("canvas", "written"), [("!____", "!ab__"), ("p!___", "p!ab_")])
-def test_an_end_token_that_was_given_ends_nothing(rows, after, canvas, written):
-    assert rows(canvas).update(after(written))[1].tolist() == [False]
+def test_an_end_token_that_was_given_ends_nothing(decode, canvas, written):
+    assert decode(canvas).write(written)[1] == [False]
 
 
-def test_what_is_behind_an_end_becomes_padding_and_the_longest_row_cuts_the_output(rows, after):
-    tracker = rows("p_____", "p_____")
-    tracker.update(after("pa!b__", "pabc!_"))
-    output = tracker.output("cpu")
-    assert text(output) == ["pa!..", "pabc!"]
-    assert text(tracker.output("cpu", skip=1)) == ["a!..", "abc!"]
+def test_what_is_behind_an_end_becomes_padding_and_the_longest_row_cuts_the_output(decode):
+    run = decode("p_____", "p_____")
+    run.write("pa!b__", "pabc!_")
+    assert text(run.output("cpu")) == ["pa!..", "pabc!"]
+    assert text(run.output("cpu", skip=1)) == ["a!..", "abc!"]
 
 
-def test_counts_are_of_each_row_until_it_was_finished(rows, after):
-    tracker = rows("p____", "p____")
-    tracker.update(after("pa!b_", "pabc_", nfe=1))
-    tracker.update(after("pabcd", nfe=2, rows=[1]))
-    output = tracker.output("cpu")
+def test_counts_are_of_each_row_until_it_was_finished(decode):
+    run = decode("p____", "p____")
+    run.write("pa!b_", "pabc_", nfe=1)
+    run.write("pabcd", nfe=2)
+    output = run.output("cpu")
     assert output.nfe.tolist() == [1, 2] and output.active_tokens.tolist() == [10, 20]
     assert output.tokens_per_forward.tolist() == [2, 2], "tokens up to and with the end, and no prompt"
     assert output.guider_forwards is None and output.accepted_lengths is None
 
 
-def test_given_tokens_are_not_counted_as_generated(rows, after):
-    tracker = rows("p_b__")
-    tracker.update(after("pab!_", nfe=1))
-    assert tracker.output("cpu").tokens_per_forward.tolist() == [2]
+def test_given_tokens_are_not_counted_as_generated(decode):
+    run = decode("p_b__")
+    run.write("pab!_", nfe=1)
+    assert run.output("cpu").tokens_per_forward.tolist() == [2]
 
 
-def test_what_a_guider_counts_is_passed_on(rows, after):
-    tracker = rows("p_")
-    tracker.update(after("pa"))
-    output = tracker.output("cpu", drafts_judged=torch.tensor([3]), guider_time_share=0.5)
+def test_what_a_guider_counts_is_passed_on(decode):
+    run = decode("p_")
+    run.write("pa")
+    output = run.output("cpu", drafts_judged=torch.tensor([3]), guider_time_share=0.5)
     assert output.drafts_judged.tolist() == [3] and output.guider_time_share == 0.5
     assert "guider_forwards" not in output, "what nobody counted must not be there"
 
 
-def test_stopping_criteria_are_asked_about_every_prefix_that_became_clean_once(rows, after):
+def test_stopping_criteria_are_asked_about_every_prefix_that_became_clean_once(decode):
     asked = []
 
     def stops_at_c(input_ids, scores):
         asked.append("".join(map(chr, input_ids[0].tolist())))
         return input_ids[:, -1] == ord("c")
 
-    tracker = rows("p_____", criteria=[stops_at_c])
-    assert tracker.update(after("pa_c__"))[1].tolist() == [False]
-    length, finished = tracker.update(after("pabcd_", nfe=2))
-    assert (length.tolist(), finished.tolist()) == ([4], [True])
+    run = decode("p_____", criteria=[stops_at_c])
+    assert run.write("pa_c__")[1] == [False]
+    assert run.write("pabcd_", nfe=2) == ([4], [True])
     assert asked == ["pa", "pab", "pabc"]
-    assert text(tracker.output("cpu")) == ["pabc"]
+    assert text(run.output("cpu")) == ["pabc"]
 
 
-def test_a_criterion_stops_its_own_row(rows, after):
-    tracker = rows("p___", "p___", criteria=[lambda input_ids, scores: input_ids[:, -1] == ord("c")])
-    assert tracker.update(after("pac_", "pab_"))[1].tolist() == [True, False]
-    assert tracker.update(after("pabd", rows=[1], nfe=3))[1].tolist() == [True]
-    assert text(tracker.output("cpu")) == ["pac.", "pabd"] and tracker.output("cpu").nfe.tolist() == [1, 3]
+def test_a_criterion_stops_its_own_row(decode):
+    run = decode("p___", "p___", criteria=[lambda input_ids, scores: input_ids[:, -1] == ord("c")])
+    assert run.write("pac_", "pab_")[1] == [True, False]
+    assert run.write("pabd", nfe=3)[1] == [True]
+    assert text(run.output("cpu")) == ["pac.", "pabd"] and run.output("cpu").nfe.tolist() == [1, 3]

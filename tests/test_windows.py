@@ -1,5 +1,6 @@
 """Window policies: the table of what a step recomputes, row by row, and what holds for all of them."""
 
+import copy
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -19,21 +20,23 @@ FREECACHE = FreeCacheWindow(PROMPT, BLOCK)
 @pytest.fixture(scope="session")
 def at(start):
     """
-    `at(7, 5, nfe=2)` is a state whose frontier is 7 now and was 5 as the last forward saw it; the block is that of the
+    `at(7, 5, nfe=2)` is a row whose frontier is 7 now and was 5 as the last forward saw it; the block is that of the
     frontier, and it has just been entered unless `block_nfe` says otherwise.
     """
 
-    def at(*frontiers, **fields):
+    def at(*frontiers, nfe=5, **fields):
         text = "p" * frontiers[0] + "_" * (LENGTH - frontiers[0])
-        state = start(text, frontiers=[frontiers], **{"nfe": [5], **fields})
-        entered = Blocks(PROMPT, BLOCK).enter(state)
-        return replace(entered, **{name: torch.tensor(value) for name, value in fields.items()})
+        (row,) = start(text, frontiers=[list(frontiers)], nfe=[nfe]).rows
+        Blocks(PROMPT, BLOCK).enter([row])
+        for name, value in fields.items():
+            setattr(row, name, value)
+        return row
 
     return at
 
 
 def numbers(window):
-    return tuple(int(value) for value in (window.lo, window.hi, window.attended, window.frozen))
+    return window.lo, window.hi, window.attended, window.frozen
 
 
 @pytest.mark.parametrize(
@@ -52,14 +55,14 @@ def numbers(window):
 )
 def test_a_policy_recomputes_what_its_row_of_the_table_says(at, policy, first, entering, others):
     history = [0] * policy.history
-    assert numbers(policy(at(4, *history, nfe=[0]))) == first
+    assert numbers(policy(at(4, *history, nfe=0))) == first
     assert numbers(policy(at(7, *[6] * policy.history))) == entering
-    assert numbers(policy(at(8, *[7] * policy.history, block_nfe=[1]))) == others
+    assert numbers(policy(at(8, *[7] * policy.history, block_nfe=1))) == others
 
 
 def test_the_dual_cache_recomputes_the_block_alone(at):
-    assert numbers(BlockWindow(dual=True)(at(5, block_nfe=[1]))) == (4, 7, 10, 0)
-    assert numbers(BlockWindow(dual=False)(at(5, block_nfe=[1]))) == (4, 10, 10, 0)
+    assert numbers(BlockWindow(dual=True)(at(5, block_nfe=1))) == (4, 7, 10, 0)
+    assert numbers(BlockWindow(dual=False)(at(5, block_nfe=1))) == (4, 10, 10, 0)
 
 
 @pytest.mark.parametrize(
@@ -76,18 +79,18 @@ def test_the_dual_cache_recomputes_the_block_alone(at):
 )
 def test_finished_text_is_frozen_as_many_forwards_late_as_the_lag_says(at, lag, frontiers, frozen):
     window = replace(FREECACHE, freeze_lag=lag)(at(*frontiers))
-    assert (int(window.lo), int(window.frozen)) == (frozen, frozen)
+    assert (window.lo, window.frozen) == (frozen, frozen)
 
 
 @pytest.mark.parametrize(("freeze_length", "frozen"), [(1, 9), (2, 8), (3, 7), (6, 4)])
 def test_text_is_frozen_in_whole_pieces(at, freeze_length, frozen):
-    assert int(FreeCacheWindow(PROMPT, freeze_length)(at(9, 9)).frozen) == frozen
+    assert FreeCacheWindow(PROMPT, freeze_length)(at(9, 9)).frozen == frozen
 
 
 @pytest.mark.parametrize(("margin", "lo"), [(0, 7), (2, 5), (9, 0)])
 def test_the_left_margin_is_recomputed_and_not_frozen(at, margin, lo):
     window = replace(FREECACHE, left_margin=margin)(at(8, 7))
-    assert (int(window.lo), int(window.frozen)) == (lo, lo)
+    assert (window.lo, window.frozen) == (lo, lo)
 
 
 @pytest.mark.parametrize(("stale", "attended"), [(False, 7), (True, 10)])
@@ -95,7 +98,7 @@ def test_the_right_window_prunes_what_is_behind_it_or_reads_its_old_states(at, s
     policy = replace(FREECACHE, right_window=2, attend_stale=stale)
     assert numbers(policy(at(5, 4))) == (4, 7, attended, 4)
     assert numbers(policy(at(9, 7))) == (7, 10, 10, 7), "the window must end with the canvas"
-    assert numbers(policy(at(4, 0, nfe=[0]))) == (0, 10, 10, 0), "the first forward must cover the canvas"
+    assert numbers(policy(at(4, 0, nfe=0))) == (0, 10, 10, 0), "the first forward must cover the canvas"
 
 
 def test_a_growing_canvas_ends_with_the_block(at):
@@ -104,30 +107,28 @@ def test_a_growing_canvas_ends_with_the_block(at):
 
 
 def test_a_row_that_waits_at_the_end_of_a_growing_canvas_is_fed_a_position(at):
-    window = replace(FREECACHE, growing=True)(
-        at(7, 7, block_index=[0], block_start=[4], block_stop=[7], block_nfe=[3])
-    )
+    window = replace(FREECACHE, growing=True)(at(7, 7, block_index=0, block_start=4, block_stop=7, block_nfe=3))
     assert numbers(window) == (6, 7, 7, 6)
 
 
 def test_a_block_that_a_growing_canvas_has_just_reached_is_computed_before_it_is_attended(at):
     policy = replace(FREECACHE, growing=True, right_window=1, attend_stale=True)
-    assert numbers(policy(at(7, 7, block_nfe=[0]))) == (7, 10, 10, 7), "its states are not stale: there are none"
-    assert numbers(policy(at(7, 7, block_nfe=[1]))) == (7, 8, 10, 7)
-    assert numbers(replace(policy, attend_stale=False)(at(7, 7, block_nfe=[0]))) == (7, 8, 8, 7)
+    assert numbers(policy(at(7, 7, block_nfe=0))) == (7, 10, 10, 7), "its states are not stale: there are none"
+    assert numbers(policy(at(7, 7, block_nfe=1))) == (7, 8, 10, 7)
+    assert numbers(replace(policy, attend_stale=False)(at(7, 7, block_nfe=0))) == (7, 8, 8, 7)
 
 
 @pytest.mark.parametrize(("frontiers", "block_nfe", "lo"), [((4, 4), 0, 0), ((7, 7), 0, 7), ((4, 4), 1, 4)])
 def test_every_so_many_blocks_all_is_refreshed_on_entering(at, frontiers, block_nfe, lo):
-    window = replace(FREECACHE, refresh_blocks=2)(at(*frontiers, block_nfe=[block_nfe]))
-    assert (int(window.lo), int(window.frozen)) == (lo, lo)
+    window = replace(FREECACHE, refresh_blocks=2)(at(*frontiers, block_nfe=block_nfe))
+    assert (window.lo, window.frozen) == (lo, lo)
 
 
 @pytest.mark.parametrize(("entropy", "lo"), [(0.5, 7), (0.6, 0)])
 def test_more_entropy_than_the_bound_refreshes_all(at, entropy, lo):
     policy = replace(FREECACHE, refresh_entropy=0.5)
-    window = policy(at(8, 7, written_entropy=[entropy]))
-    assert (int(window.lo), int(window.frozen)) == (lo, lo)
+    window = policy(at(8, 7, written_entropy=entropy))
+    assert (window.lo, window.frozen) == (lo, lo)
     assert policy.needs_entropy and not FREECACHE.needs_entropy
 
 
@@ -140,25 +141,24 @@ def test_more_entropy_than_the_bound_refreshes_all(at, entropy, lo):
     ],
 )
 def test_dkv_refreshes_every_so_many_steps_of_a_block(at, policy, block_nfe, refreshes):
-    assert [policy(at(5, block_nfe=[step])).scored is None for step in block_nfe] == refreshes
+    assert [policy(at(5, block_nfe=step)).scored is None for step in block_nfe] == refreshes
 
 
 def test_dkv_recomputes_what_was_masked_when_the_last_step_began(at):
-    was_masked = torch.tensor([[False] * 5 + [True] * 5])
-    window = DKVWindow(8)(at(7, previously_masked=was_masked.tolist(), block_nfe=[1]))
-    assert window.scored.tolist() == was_masked.tolist()
+    window = DKVWindow(8)(at(7, written=[5, 6], block_nfe=1))
+    assert list(window.scored) == [False] * 5 + [True] * 5
     assert numbers(window) == (0, 10, 10, 0)
 
 
 def test_dkv_keeps_a_prompt_once_it_has_been_computed(at):
     policy = DKVWindow(8, frozen_prompt=3)
-    assert numbers(policy(at(4, nfe=[0]))) == (0, 10, 10, 0)
-    assert numbers(policy(at(4, nfe=[1], block_nfe=[1]))) == (3, 10, 10, 3)
+    assert numbers(policy(at(4, nfe=0))) == (0, 10, 10, 0)
+    assert numbers(policy(at(4, nfe=1, block_nfe=1))) == (3, 10, 10, 3)
 
 
 @pytest.mark.parametrize(("too", "nfe", "expected"), [(False, 1, True), (False, 2, False), (True, 2, True)])
 def test_dkv_recomputes_masks_themselves_after_the_first_forward_or_where_told(at, too, nfe, expected):
-    assert DKVWindow(8, scored_too=too)(at(5, nfe=[nfe], block_nfe=[1])).scored_too is expected
+    assert DKVWindow(8, scored_too=too)(at(5, nfe=nfe, block_nfe=1)).scored_too is expected
 
 
 # What holds for all of them
@@ -166,7 +166,7 @@ def test_dkv_recomputes_masks_themselves_after_the_first_forward_or_where_told(a
 
 @dataclass(frozen=True)
 class Recorder:
-    """A policy that keeps the states it is shown and the windows it answers with."""
+    """A policy that keeps the rows as it is shown them, and the windows it answers with."""
 
     policy: object
     seen: list = field(default_factory=list)
@@ -174,9 +174,9 @@ class Recorder:
     def __getattr__(self, name):
         return getattr(self.policy, name)
 
-    def __call__(self, state):
-        window = self.policy(state)
-        self.seen.append((state, window))
+    def __call__(self, row):
+        window = self.policy(row)
+        self.seen.append((copy.deepcopy(row), window))
         return window
 
 
@@ -186,8 +186,9 @@ class RandomDenoiser:
     def __init__(self, seed):
         self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, canvas, window, positions, frontier):
-        return torch.rand(*positions.shape, 3, generator=self.generator), window.hi - window.lo
+    def __call__(self, canvas, windows, positions, frontier):
+        scores = torch.rand(*positions.shape, 3, generator=self.generator)
+        return scores, [window.hi - window.lo for window in windows]
 
     def batch_select_indices(self, indices):
         pass
@@ -211,15 +212,19 @@ def some(confidence):
     return (confidence > 0.9).sum(1)
 
 
+def filled(state):
+    return [not any(row.masked) for row in state.rows]
+
+
 @pytest.fixture(scope="session")
 def run(start):
-    """The states and windows of a decode of noise with a policy, in which one row is ahead of the other."""
+    """The rows and their windows in a decode of noise with a policy, in which one row is ahead of the other."""
 
     def run(policy, blocks, seed):
         recorder = Recorder(policy)
         method = Method(recorder, Blocks(PROMPT, BLOCK, **blocks), MinimumSchedule(), some)
         state = start("pppp______", "ppppaa____", history=policy.history)
-        denoise(state, RandomDenoiser(seed), method, NoProcessors(), draft_letters, lambda state: ~state.masked.any(1))
+        denoise(state, RandomDenoiser(seed), method, NoProcessors(), draft_letters, filled)
         return recorder.seen
 
     return run
@@ -253,48 +258,44 @@ seeds = st.integers(0, 1000)
 @settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_a_window_holds_the_frontier_and_is_never_empty(run, policy, blocks, seed):
-    for state, window in run(policy, blocks, seed):
-        frontier = state.frontiers[:, 0]
-        waits = frontier >= state.block_stop
-        assert (window.lo <= frontier).all() and ((frontier < window.hi) | waits).all()
-        assert (window.lo < window.hi).all(), "a row that waits for the others must be fed a position as well"
-        assert (window.hi <= window.attended).all() and (window.attended <= LENGTH).all()
+    for row, window in run(policy, blocks, seed):
+        waits = row.frontier >= row.block_stop
+        assert window.lo <= row.frontier and (row.frontier < window.hi or waits)
+        assert window.lo < window.hi, "a row that waits for the others must be fed a position as well"
+        assert window.hi <= window.attended <= LENGTH
 
 
 @settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_what_is_frozen_is_finished_text_left_of_the_window(run, policy, blocks, seed):
-    for state, window in run(policy, blocks, seed):
-        assert (0 <= window.frozen).all()
-        assert (window.frozen <= state.frontiers[:, 0]).all() and (window.frozen <= window.lo).all()
+    for row, window in run(policy, blocks, seed):
+        assert 0 <= window.frozen <= min(row.frontier, window.lo)
 
 
 @settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_without_a_refresh_what_is_frozen_never_shrinks(run, policy, blocks, seed):
     frozen = [0, 0]
-    for state, window in run(policy, blocks, seed):
-        for row, lo, length in zip(state.rows.tolist(), window.lo.tolist(), window.frozen.tolist(), strict=True):
-            assert length >= frozen[row] or lo == 0
-            frozen[row] = length
+    for row, window in run(policy, blocks, seed):
+        assert window.frozen >= frozen[row.index] or window.lo == 0
+        frozen[row.index] = window.frozen
 
 
 @settings(max_examples=100)
 @given(policies, blocks, seeds)
 def test_no_state_is_attended_before_it_has_been_computed(run, policy, blocks, seed):
-    computed = torch.zeros(2, LENGTH, dtype=torch.bool)
-    everywhere = torch.arange(LENGTH)
-    for state, window in run(policy, blocks, seed):
-        fed = (window.lo[:, None] <= everywhere) & (everywhere < window.hi[:, None])
-        computed[state.rows] |= fed if window.scored is None else fed & window.scored
-        assert (computed[state.rows] | (everywhere >= window.attended[:, None])).all()
+    computed = [set(), set()]
+    for row, window in run(policy, blocks, seed):
+        fed = range(window.lo, window.hi)
+        computed[row.index].update(fed if window.scored is None else [one for one in fed if window.scored[one]])
+        assert computed[row.index] >= set(range(window.attended))
 
 
 @settings(max_examples=100)
 @given(freecaches, blocks, seeds)
 def test_states_are_frozen_once_the_lag_of_forwards_has_seen_their_tokens(run, policy, blocks, seed):
-    clean = torch.zeros(2, LENGTH, dtype=torch.long)  # forwards that have computed the position with its token
-    for state, window in run(policy, blocks, seed):
-        frozen = torch.arange(LENGTH) < window.frozen[:, None]
-        assert (clean[state.rows][frozen] >= policy.freeze_lag).all()
-        clean[state.rows] += ~frozen & ~state.masked
+    clean = [[0] * LENGTH, [0] * LENGTH]  # forwards that have computed the position with its token
+    for row, window in run(policy, blocks, seed):
+        assert all(count >= policy.freeze_lag for count in clean[row.index][: window.frozen])
+        for position in range(window.frozen, LENGTH):
+            clean[row.index][position] += not row.masked[position]
