@@ -42,7 +42,7 @@ class Row:
         """The first masked position; the length of the canvas where nothing is masked."""
         return self.frontiers[0]
 
-    def write(self, start: int, tokens: list[int], mask_token_id: int) -> None:
+    def write(self, start: int, tokens: list, mask_token_id: int) -> None:
         """Take over what the canvas holds from `start` on after a step."""
         self.written = [
             position
@@ -50,7 +50,7 @@ class Row:
             if self.masked[position] and token != mask_token_id
         ]
         for position in self.written:
-            self.tokens[position], self.masked[position] = tokens[position - start], False
+            self.tokens[position], self.masked[position] = int(tokens[position - start]), False
         frontier = self.masked.find(True, self.frontier)
         self.frontiers = [len(self.masked) if frontier < 0 else frontier, *self.frontiers[:-1]]
 
@@ -211,20 +211,20 @@ def _write(state: DenoisingState, positions, token_ids, unmask, entropy: torch.T
     on_device = positions.to(state.canvas.device)
     written = torch.where(unmask, token_ids, state.canvas.gather(1, on_device))
     state.canvas = state.canvas.scatter(1, on_device, written)
-    if entropy is not None:  # a token id is exact in float32, too
-        written, entropies = torch.stack([written.float(), entropy.masked_fill(~unmask, 0)]).tolist()
-        for row, tokens, nats in zip(state.rows, written, entropies, strict=True):
-            row.written_entropy = max(nats)
-        written = [list(map(int, tokens)) for tokens in written]
-    else:
+    if entropy is None:
         written = written.tolist()
+    else:  # a token id is exact in float32, too
+        transferred = torch.stack([written.float(), entropy.masked_fill(~unmask, 0)])
+        written, entropies = transferred.tolist()
+        for row, nats in zip(state.rows, entropies, strict=True):
+            row.written_entropy = max(nats)
     for row, start, tokens in zip(state.rows, positions[:, 0].tolist(), written, strict=True):
         row.write(start, tokens, state.mask_token_id)
 
 
 def _check_progress(rows: list[Row], candidate: torch.BoolTensor, quotas: list[int]) -> None:
-    for row, candidates, quota in zip(rows, candidate, quotas, strict=True):
-        if not row.written and quota > 0 and candidates.any():
+    for index, row in enumerate(rows):
+        if not row.written and quotas[index] > 0 and candidate[index].any():
             raise RuntimeError(
                 f"Row {row.index} could not unmask any position: every candidate was refused or has no finite score. "
                 "A logits processor must leave each unfinished row a candidate other than the mask token."

@@ -216,7 +216,8 @@ def _check_model(model) -> None:
             f"`model` must take {', '.join(f'`{name}`' for name in missing)} in its forward, which "
             f"{type(model).__name__} does not: a diffusion decode feeds it parts of a canvas."
         )
-    causal = [name for name, module in model.named_modules() if getattr(module, "is_causal", False)]
+    # A module's own `getattr` is slow where there is no such attribute.
+    causal = any(vars(one).get("is_causal", getattr(type(one), "is_causal", False)) for one in model.modules())
     if getattr(model.config.get_text_config(), "is_causal", True) or causal:
         raise ValueError(
             f"`model` must be a bidirectional masked diffusion model, got {type(model).__name__} with causal "

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 
 
+MAX_LOG_ODDS = 80.0  # e^80 is still a number in float32; a draft as unlikely as that is one all the same
+
+
 def gumbel(like: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Gumbel noise of the shape of `like`: adding it to log-probabilities and taking the maximum samples from them."""
     uniform = torch.rand(like.shape, generator=generator, device=like.device)
@@ -40,16 +43,13 @@ def draft(
     others[..., mask_token_id] = -torch.inf
     noisy = others if temperature is None else others + gumbel(others, generator)
     token_ids = noisy.argmax(-1, keepdim=True)
-    best = others.gather(-1, token_ids)
-    others[..., mask_token_id] = scores[..., mask_token_id]
-    others.scatter_(-1, token_ids, -torch.inf)
+    log_odds = scores - scores.gather(-1, token_ids)  # against the draft, of each other token
     if temperature is not None:
-        best, others = best * temperature, others * temperature
-    # Of a refused position infinity less infinity is left, and nothing of its odds.
-    log_odds = (best.squeeze(-1) - others.logsumexp(-1)).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-    return token_ids.squeeze(-1), log_odds.to(
-        torch.float32 if scores.device.type == "mps" else torch.float64
-    ).sigmoid()
+        log_odds *= temperature
+    odds = log_odds.clamp_max_(MAX_LOG_ODDS).exp_().scatter_(-1, token_ids, 0.0)
+    odds = odds.sum(-1, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)
+    # Where nothing but the mask token is finite, the odds are not a number.
+    return token_ids.squeeze(-1), odds.add_(1).reciprocal_().nan_to_num_(0.0)
 
 
 def negative_entropy(scores: torch.Tensor) -> torch.Tensor:

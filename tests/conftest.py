@@ -78,7 +78,7 @@ def spell():
 
 @pytest.fixture(scope="session")
 def start(spell):
-    """`start("ab__", history=0, nfe=[1])` is the state before the first step of a spelled canvas; fields of its rows."""
+    """`start("ab__", history=0, nfe=[1])`: the state before the first step of a spelled canvas, with fields set."""
 
     def start(*texts, history=0, **fields):
         state = DenoisingState.start(spell(*texts), ord("_"), history)
