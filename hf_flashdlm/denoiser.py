@@ -127,14 +127,13 @@ class Denoiser:
 
     def _slots(self, positions: torch.LongTensor, lows: list[int], width: int) -> int | torch.LongTensor:
         """Where in windows of `width` positions that begin at `lows` stands what scores the `positions`."""
-        first = [start - self.shift - lo for start, lo in zip(positions[:, 0].tolist(), lows, strict=True)]
-        inside = 0 <= first[0] <= width - positions.shape[1]
-        if (
-            inside
-            and len(set(first)) == 1
-            and all(one + lo >= begin for one, lo, begin in zip(first, lows, self.first, strict=True))
-        ):
-            return first[0]
+        starts = positions[:, 0].tolist()
+        slots = {start - self.shift - lo for start, lo in zip(starts, lows, strict=True)}
+        is_even = len(slots) == 1 and all(
+            start - self.shift >= begin for start, begin in zip(starts, self.first, strict=True)
+        )
+        if is_even and 0 <= min(slots) <= width - positions.shape[1]:
+            return min(slots)
         return (self._source(positions) - torch.tensor(lows)[:, None]).clamp(0, width - 1)
 
     def _source(self, positions: torch.LongTensor) -> torch.LongTensor:
