@@ -27,7 +27,7 @@ TINY = Path(__file__).parent / "tiny"
 MAX_NEW_TOKENS = 64
 SECONDS_PER_FORWARD = 0.04
 
-# The embedded guider alone is right in seven of ten: it may only say no to what the diffusion model is sure of.
+# The embedded guider alone errs more often than the model: it may only say no to what the diffusion model is sure of.
 GUIDANCE = {"combine": "intersection", "confidence_threshold": 0.5}
 
 NOTES = """\

@@ -93,7 +93,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ar-steps", type=int, default=900)
-    parser.add_argument("--guider-steps", type=int, default=265)
+    parser.add_argument("--guider-steps", type=int, default=330)
     parser.add_argument(
         "--guider-size", choices=GUIDER_SIZES, default=EMBEDDED_GUIDER, help="others: beside this file"
     )
