@@ -37,13 +37,14 @@ def push(
     r"""
     Publish an exported folder: create the repository if there is none, upload all files in one commit, tag it.
 
-    Nothing of an upload shows before its commit, so one that was interrupted can be repeated; files that the Hub
-    holds already are not sent again.
+    Nothing of an upload shows before its commit, so one that was interrupted can be repeated; large files that the
+    Hub holds already are not sent again.
 
     Args:
         directory (`str` or `Path`): A folder that an export has written.
         repo_id (`str`): The repository, `"organization/name"`.
-        private (`bool`, *optional*): Whether a new repository is private; by default what the account says.
+        private (`bool`, *optional*): Whether a new repository is private; by default what the account says. One that
+            is there already must agree.
         tag (`str`, *optional*, defaults to the version of this package): Name for the commit.
         token (`str`, *optional*): By default the one of `hf auth login`.
 
@@ -51,8 +52,8 @@ def push(
         `str`: Where the files are.
 
     Raises:
-        ValueError: If the folder is not complete, the token is missing or refused, the tag is taken, or the upload
-            did not end.
+        ValueError: If the folder is not complete, the token is missing or refused, the tag is taken, the repository
+            is there and not as `private` says, or the upload did not end.
     """
     check_repo_id(repo_id)
     list_files(directory)
@@ -62,6 +63,11 @@ def push(
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
+        if private is not None and api.model_info(repo_id).private != private:
+            raise ValueError(
+                f"`private` must agree with {repo_id}, which is there already, got {private}: drop it, or change the "
+                "settings of the repository."
+            )
         if any(one.name == tag for one in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"`tag` must be new, got {tag!r}, which {repo_id} has already: name another one.")
         commit = api.upload_folder(
@@ -72,20 +78,21 @@ def push(
         raise ValueError("the Hub cannot be reached in offline mode: unset `HF_HUB_OFFLINE`.") from error
     except HfHubHTTPError as error:
         raise ValueError(_refusal(error, repo_id)) from error
-    except (*CONNECTION_ERRORS, OSError) as error:
+    except (*CONNECTION_ERRORS, OSError, RuntimeError) as error:  # the last for a file that went up by itself
         raise ValueError(
-            f"the upload to {repo_id} broke off ({type(error).__name__}): run the same command again, which goes on "
-            "from there."
+            f"the upload to {repo_id} broke off ({type(error.__cause__ or error).__name__}): run the same command "
+            "again, which goes on from there."
         ) from error
     return f"{api.endpoint}/{repo_id}/tree/{tag}"
 
 
 def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
-    """One sentence for an answer of the Hub that is not what was asked for."""
+    """One sentence for an answer of the Hub that is not what was asked for, its own words included."""
     status = error.response.status_code
+    said = f"{status} {' '.join((error.server_message or '').split())}".strip()
     if status in (401, 403):
-        return f"the Hub refused the token for {repo_id}: run `hf auth login` with a token that may write there."
-    return f"the Hub refused the push to {repo_id} with status {status}: nothing was tagged; run it again later."
+        return f"the Hub refused the token for {repo_id} ({said}): run `hf auth login` with one that may write there."
+    return f"the Hub refused the push to {repo_id} ({said}): nothing was tagged; run it again when that is remedied."
 
 
 def _check_exported(directory: Path) -> None:

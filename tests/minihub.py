@@ -1,7 +1,8 @@
 """A Hugging Face Hub on loopback, as far as huggingface_hub's client needs one to publish and to load.
 
-It answers to the token `TOKEN` alone where something is written. A push to a repository in `broken` loses its
-connection in the middle of the commit.
+It answers to the token `TOKEN` alone where something is written. As on the Hub, large files go up one by one, each
+once, and become visible with the commit that names them; small ones travel in the commit. A request whose path is in
+`broken` loses its connection in the middle.
 """
 
 import base64
@@ -15,6 +16,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 TOKEN = "hf_loopback"
+LARGE = 100_000  # bytes from which on a file goes up by itself
 
 Files = dict[str, bytes]
 
@@ -51,6 +53,7 @@ class MiniHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repositories: dict[str, Repository] = {}
+        self.objects: dict[str, bytes] = {}  # large files by the hash of their content
         self.broken: set[str] = set()
         self.requests: list[str] = []
         self.lock = threading.Lock()
@@ -78,7 +81,10 @@ class Failure(Exception):
         self.headers = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
 
 
-def blob_id(content: bytes) -> str:
+def object_id(content: bytes) -> str:
+    """What git calls a file, or the storage of large files does."""
+    if len(content) >= LARGE:
+        return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
@@ -101,22 +107,23 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def handle_request(self) -> None:
-        self.body = self.read_body()
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
         self.server.requests.append(f"{self.command} {url.path}")
+        if url.path in self.server.broken:
+            self.close_connection = True
+            return
+        self.body = self.read_body()
         try:
             with self.server.lock:
                 body, headers = self.route(unquote(url.path))
         except Failure as failure:
             self.answer(failure.status, json.dumps(failure.body).encode(), failure.headers)
-        except ConnectionAbortedError:
-            self.close_connection = True
         else:
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
             self.answer(200, body, {"Content-Type": "application/json"} | headers)
 
-    do_GET = do_HEAD = do_POST = handle_request
+    do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     def read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
@@ -169,7 +176,7 @@ class Handler(BaseHTTPRequestHandler):
             "id": repo_id,
             "modelId": repo_id,
             "sha": commit_id,
-            "private": False,
+            "private": self.repository(repo_id).private,
             "tags": [],
             "siblings": siblings,
         }
@@ -193,7 +200,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             names = {prefix + name[len(prefix) :].partition("/")[0] for name in below}
         return [
-            {"type": "file", "path": name, "size": len(below[name]), "oid": blob_id(below[name])}
+            {"type": "file", "path": name, "size": len(below[name]), "oid": object_id(below[name])}
             if name in below
             else {"type": "directory", "path": name, "size": 0, "oid": "0" * 40}
             for name in sorted(names)
@@ -201,19 +208,40 @@ class Handler(BaseHTTPRequestHandler):
 
     def preupload(self, repo_id: str, revision: str):
         _, files = self.revision(repo_id, revision)
-        asked = [one["path"] for one in json.loads(self.body)["files"]]
-        known = {name: blob_id(files[name]) for name in asked if name in files}
-        answers = [{"path": name, "uploadMode": "regular", "shouldIgnore": False} for name in asked]
-        return {"files": [answer | {"oid": known.get(answer["path"])} for answer in answers]}
+        return {
+            "files": [
+                {
+                    "path": one["path"],
+                    "uploadMode": "lfs" if one["size"] >= LARGE else "regular",
+                    "shouldIgnore": False,
+                    "oid": object_id(files[one["path"]]) if one["path"] in files else None,
+                }
+                for one in json.loads(self.body)["files"]
+            ]
+        }
+
+    def batch(self, repo_id: str):
+        """Where to send the large files that are not here yet."""
+        asked = [{"oid": one["oid"], "size": one["size"]} for one in json.loads(self.body)["objects"]]
+        for one in asked:
+            if one["oid"] not in self.server.objects:
+                one["actions"] = {"upload": {"href": f"{self.server.url}/objects/{one['oid']}"}}
+        return {"transfer": "basic", "objects": asked}
+
+    def store(self, oid: str):
+        if object_id(self.body) != oid:
+            raise Failure(400, "not what was announced")
+        self.server.objects[oid] = self.body
+        return {}
 
     def commit(self, repo_id: str, revision: str):
-        if repo_id in self.server.broken:
-            raise ConnectionAbortedError
         files = dict(self.revision(repo_id, revision)[1])
         for line in self.body.splitlines():
             operation = json.loads(line)
             if operation["key"] == "file":
                 files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
+            elif operation["key"] == "lfsFile":
+                files[operation["value"]["path"]] = self.server.objects[operation["value"]["oid"]]
         commit_id = self.repository(repo_id).commit(files)
         url = f"{self.server.url}/{repo_id}/commit/{commit_id}"
         return {"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": ""}
@@ -226,7 +254,7 @@ class Handler(BaseHTTPRequestHandler):
         commit_id, files = self.revision(repo_id, revision)
         if name not in files:
             raise Failure(404, "EntryNotFound")
-        headers = {"ETag": f'"{blob_id(files[name])}"', "X-Repo-Commit": commit_id}
+        headers = {"ETag": f'"{object_id(files[name])}"', "X-Repo-Commit": commit_id}
         return files[name], headers | {"Content-Type": "application/octet-stream"}
 
 
@@ -240,6 +268,8 @@ ROUTES = (
     (MODEL + r"/refs", Handler.refs, False),
     (MODEL + r"/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Handler.tree, False),
     (MODEL + r"/preupload/(?P<revision>[^/]+)", Handler.preupload, True),
+    (r"/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch, True),
+    (r"/objects/(?P<oid>[0-9a-f]+)", Handler.store, False),  # the address itself is the permission
     (MODEL + r"/commit/(?P<revision>[^/]+)", Handler.commit, True),
     (MODEL + r"/tag/(?P<revision>[^/]+)", Handler.tag, True),
     (r"/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)", Handler.file, False),

@@ -8,22 +8,26 @@ import shutil
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from huggingface_hub import ModelCard, ModelCardData, constants
+from huggingface_hub import ModelCard, ModelCardData, constants, snapshot_download
 from minihub import TOKEN, MiniHub
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.dynamic_module_utils import check_python_requirements
 
-from hf_flashdlm import __version__, hub, make_bidirectional
+from hf_flashdlm import __version__, diffusion_generate, hub, make_bidirectional
 from hf_flashdlm.generate import decode, generate
 from hf_flashdlm.hub_cli import add_commands
 from hf_flashdlm.push import list_files, push
 
+
+# The client's own, where it sends a large file.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(hub.__file__).parent
@@ -34,7 +38,11 @@ MODEL, GUIDER = "hf-flashdlm/tiny-dlm", "hf-flashdlm/tiny-guider"
 CODE, STRATEGY, LLADA = "hf-flashdlm/flash-dream", "hf-flashdlm/flashdlm", "hf-flashdlm/tiny-llada"
 
 # What the cards name; here the tiny pair stands in for them.
-STAND_INS = {"Dream-org/Dream-v0-Instruct-7B": "dlm", "Qwen/Qwen2.5-1.5B-Instruct": "guider"}
+STAND_INS = {
+    "Dream-org/Dream-v0-Instruct-7B": "dlm",
+    "Qwen/Qwen2.5-1.5B-Instruct": "guider",
+    "Qwen/Qwen2.5-Coder-1.5B-Instruct": "guider",
+}
 
 QUESTIONS = [json.loads(line)["question"] for line in (TINY / "problems.jsonl").read_text().splitlines()[:3]]
 
@@ -44,6 +52,7 @@ import sys
 sys.modules["hf_flashdlm"] = None
 import json, torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM, pipeline
+from transformers import LlamaForCausalLM, TextIteratorStreamer
 """
 
 
@@ -68,6 +77,7 @@ def minihub():
     with MiniHub() as minihub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", minihub.url)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that this Hub does not speak
         patch.delenv("HF_TOKEN", raising=False)
         patch.setattr("hf_flashdlm.push.get_token", lambda: None)
         yield minihub
@@ -164,12 +174,15 @@ generator = pipeline("text-generation", "{MODEL}", revision="{__version__}", tru
 guider = AutoModelForCausalLM.from_pretrained("{GUIDER}", revision="{__version__}")
 chats = [[dict(role="user", content=question)] for question in {QUESTIONS!r}]
 answers = generator(chats, batch_size=3, guider=guider, return_tensors=True)
+streamer = TextIteratorStreamer(generator.tokenizer, skip_prompt=True, skip_special_tokens=True)
+whole = generator(chats[0], guider=guider, streamer=streamer, return_full_text=False)
 batch = {{name: torch.tensor(ids) for name, ids in { ({k: v.tolist() for k, v in batch.items()})!r}.items()}}
 llada = AutoModelForCausalLM.from_pretrained("{LLADA}", revision="{__version__}", trust_remote_code=True)
 print(json.dumps({{
     "refusal": refusal,
     "module": type(generator.model).__module__,
     "pipeline": [answer[0]["generated_token_ids"] for answer in answers],
+    "streamed": ["".join(streamer), whole[0]["generated_text"]],
     "generate": summary(generator.model.generate(**batch, guider=guider, return_dict_in_generate=True)),
     "llada": summary(llada.generate(torch.arange(20, 28)[None], max_new_tokens=12, return_dict_in_generate=True)),
 }}))
@@ -177,6 +190,8 @@ print(json.dumps({{
     assert "trust_remote_code=True" in answers["refusal"]
     assert answers["module"].startswith("transformers_modules.")
     assert answers["pipeline"] == expected.sequences.tolist()
+    streamed, whole = answers["streamed"]
+    assert streamed.strip() == whole.strip() != ""
     assert answers["generate"] == summary(expected)
     llada = AutoModelForCausalLM.from_pretrained(exported[LLADA])
     output = llada.generate(torch.arange(20, 28)[None], max_new_tokens=12, return_dict_in_generate=True)
@@ -196,7 +211,7 @@ print(json.dumps(summary(model.generate(**batch, guider=guider, return_dict_in_g
     assert answers == summary(expected)
 
 
-def test_a_strategy_repository_decodes_with_a_foreign_class(run_apart, exported, batch, expected):
+def test_a_strategy_repository_decodes_with_foreign_classes(run_apart, exported, batch, guider, expected):
     answers = run_apart(f"""{APART}{SUMMARY}
 {usage((exported[GUIDER] / "README.md").read_text())}
 {usage((exported[STRATEGY] / "README.md").read_text())}
@@ -209,10 +224,45 @@ except ValueError as error:
 options |= dict(revision="{__version__}", trust_remote_code=True)
 by_keyword = model.generate(**batch, **options)
 by_position = model.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)
-print(json.dumps(dict(refusal=refusal, answers=[summary(by_keyword), summary(by_position)])))
+llama = LlamaForCausalLM.from_pretrained("{GUIDER}")
+llama.config.is_causal, llama.config.mask_token_id = False, 1
+for layer in llama.model.layers:
+    layer.self_attn.is_causal = False
+of_llama = llama.generate(**batch, **options, max_new_tokens=16)
+print(json.dumps(dict(refusal=refusal, answers=list(map(summary, (by_keyword, by_position, of_llama))))))
 """)
     assert "trust_remote_code=True" in answers["refusal"]
-    assert answers["answers"] == [summary(expected)] * 2
+    # An autoregressive model that sees everything talks nonsense, but the same here and there.
+    llama = make_bidirectional(LlamaForCausalLM.from_pretrained(TINY / "guider"))
+    llama.config.mask_token_id = 1
+    options = {"guider": guider, "max_new_tokens": 16, "return_dict_in_generate": True}
+    assert answers["answers"] == [summary(expected)] * 2 + [summary(diffusion_generate(llama, **batch, **options))]
+
+
+def test_an_old_transformers_is_named_by_every_repository(run_apart):
+    answers = run_apart(f"""{APART}
+from importlib import metadata
+installed = metadata.version
+metadata.version = lambda name: "5.17.0" if name == "transformers" else installed(name)
+def refusal(load):
+    try:
+        load()
+    except ImportError as error:
+        return str(error)
+repo = dict(revision="{__version__}", trust_remote_code=True)
+qwen2 = Qwen2ForCausalLM.from_pretrained("{MODEL}")
+print(json.dumps([
+    refusal(lambda: AutoModelForCausalLM.from_pretrained("{MODEL}", **repo)),
+    refusal(lambda: AutoModelForCausalLM.from_pretrained("{LLADA}", **repo)),
+    refusal(lambda: AutoConfig.from_pretrained("{CODE}", **repo)),
+    refusal(lambda: qwen2.generate(max_new_tokens=4, custom_generate="{STRATEGY}", **repo)),
+]))
+""")
+    *codes, strategy = answers
+    assert "transformers>=5.18 (installed: 5.17.0)" in strategy
+    for code in codes:
+        assert code.startswith("transformers>=5.18 is required for a normal functioning of this module, but found")
+        assert code.endswith("==5.17.0.\nhf_flashdlm needs it: `pip install -U transformers`.")
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -405,7 +455,15 @@ def test_a_push_is_one_commit_with_a_tag(published, exported):
     for repo_id, folder in exported.items():
         repository = published.repositories[repo_id]
         assert len(repository.commits) == 2  # the one of the creation is empty
-        assert {name: len(content) for name, content in repository.files(__version__).items()} == list_files(folder)
+        assert repository.files(__version__) == {name: (folder / name).read_bytes() for name in list_files(folder)}
+
+
+def test_what_is_downloaded_is_what_was_exported(published, exported, tmp_path):
+    for repo_id, folder in exported.items():
+        copy = Path(snapshot_download(repo_id, revision=__version__, cache_dir=tmp_path, endpoint=published.url))
+        files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+        assert files == set(list_files(folder))
+        assert all((copy / name).read_bytes() == (folder / name).read_bytes() for name in files)
 
 
 def test_nothing_hidden_goes_up(exported, minihub, tmp_path):
@@ -419,17 +477,34 @@ def test_nothing_hidden_goes_up(exported, minihub, tmp_path):
     assert minihub.repositories["o/hidden"].private
 
 
+def test_a_repository_that_is_there_must_be_as_private_as_said(exported, published):
+    for private, repo_id in ((True, STRATEGY), (False, "o/closed")):
+        if repo_id not in published.repositories:
+            published.create(repo_id, private=True)
+        with pytest.raises(ValueError, match=f"`private` must agree with {repo_id}, which is there .*, got {private}"):
+            push(exported[STRATEGY], repo_id, private, "v2", TOKEN)
+        assert "v2" not in published.repositories[repo_id].tags
+    push(exported[STRATEGY], "o/closed", True, "v2", TOKEN)
+
+
 def test_a_token_is_needed_and_has_to_be_right(exported, minihub):
     with pytest.raises(ValueError, match="a token is needed to push and there is none: run `hf auth login`"):
         push(exported[STRATEGY], "o/token")
-    with pytest.raises(ValueError, match="the Hub refused the token for o/token"):
+    with pytest.raises(
+        ValueError, match=r"the Hub refused the token for o/token \(401 Invalid username or password.\): run"
+    ):
         push(exported[STRATEGY], "o/token", token="hf_wrong")
     assert "o/token" not in minihub.repositories
 
 
-def test_an_interrupted_push_leaves_nothing_and_can_be_repeated(exported, minihub, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client tries several times by itself
-    minihub.broken.add("o/broken")
+@pytest.fixture
+def impatient(monkeypatch):
+    """The client tries several times by itself, here without waiting."""
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+
+
+def test_an_interrupted_push_leaves_nothing_and_can_be_repeated(exported, minihub, impatient):
+    minihub.broken.add("/api/models/o/broken/commit/main")
     with pytest.raises(ValueError, match=r"the upload to o/broken broke off .*: run the same command again"):
         push(exported[STRATEGY], "o/broken", token=TOKEN)
     repository = minihub.repositories["o/broken"]
@@ -437,6 +512,44 @@ def test_an_interrupted_push_leaves_nothing_and_can_be_repeated(exported, minihu
     minihub.broken.clear()
     assert push(exported[STRATEGY], "o/broken", token=TOKEN).endswith(f"/o/broken/tree/{__version__}")
     assert set(repository.files(__version__)) == set(list_files(exported[STRATEGY]))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A repository with several large files, whose content no other repository has."""
+    model = AutoModelForCausalLM.from_pretrained(TINY / "dlm")
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(1)
+    model.save_pretrained(tmp_path / "source", max_shard_size="1MB")
+    AutoTokenizer.from_pretrained(TINY / "dlm").save_pretrained(tmp_path / "source")
+    return hub.export_model(str(tmp_path / "source"), tmp_path / "sharded", "o/sharded")
+
+
+def test_a_repeated_push_sends_only_what_the_hub_has_not(sharded, minihub, impatient):
+    objects = {sha256(path.read_bytes()).hexdigest(): path for path in sorted(sharded.glob("*.safetensors"))}
+    assert len(objects) > 2
+
+    def sent_by(attempt):
+        start = len(minihub.requests)
+        attempt()
+        return {line.rpartition("/")[2] for line in minihub.requests[start:] if line.startswith("PUT ")}
+
+    def broken_off():
+        with pytest.raises(ValueError, match=r"the upload to o/sharded broke off \(.*\): run the same command again"):
+            push(sharded, "o/sharded", token=TOKEN)
+        repository = minihub.repositories["o/sharded"]
+        assert (repository.files(), repository.tags) == ({}, {})
+
+    first, *others = objects
+    minihub.broken = {f"/objects/{first}"}
+    assert sent_by(broken_off) == set(objects)
+    minihub.broken = {"/api/models/o/sharded/commit/main"}
+    assert sent_by(broken_off) == {first}
+    minihub.broken = set()
+    assert sent_by(lambda: push(sharded, "o/sharded", token=TOKEN)) == set()
+    files = minihub.repositories["o/sharded"].files(__version__)
+    assert files == {name: (sharded / name).read_bytes() for name in list_files(sharded)}
 
 
 def test_a_push_that_broke_off_before_its_tag_is_completed(exported, minihub):
@@ -469,7 +582,9 @@ def test_a_hub_that_is_not_there_or_refuses_is_one_sentence(exported, minihub, m
         with pytest.raises(ValueError, match="the upload to o/away broke off"):
             attempt()
     monkeypatch.setattr(constants, "ENDPOINT", minihub.url + "/nowhere")
-    with pytest.raises(ValueError, match="the Hub refused the push to o/away with status 404"):
+    with pytest.raises(
+        ValueError, match=r"the Hub refused the push to o/away \(404 EntryNotFound\): nothing was tagged"
+    ):
         attempt()
 
 
