@@ -67,8 +67,11 @@ def read_lines() -> Iterator[str]:
     while True:
         try:
             line = input(prompt).strip()
-        except EOFError:
-            return
+        except (EOFError, KeyboardInterrupt) as end:
+            sys.stdout.write("\n" if prompt else "")  # the shell goes on in a line of its own
+            if isinstance(end, EOFError):
+                return
+            raise
         if line == EXIT:
             return
         if line:

@@ -77,7 +77,8 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
     model.config.save_pretrained(directory)
     generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    _save_card(directory, card or _card_of(checkpoint), repo_id, checkpoint)
+    has_chat_template = tokenizer.chat_template is not None
+    _save_card(directory, card or _card_of(checkpoint), repo_id, checkpoint, has_chat_template=has_chat_template)
     return directory
 
 

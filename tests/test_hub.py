@@ -61,7 +61,7 @@ def exported(tmp_path_factory):
     """The folder of each kind of repository."""
     folder = tmp_path_factory.mktemp("exported")
     shutil.copytree(GOLDENS / "model_llada", folder / "llada")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TINY / "dlm" / name, folder / "llada" / name)
     return {
         MODEL: hub.export_model(str(TINY / "dlm"), folder / "dlm", MODEL, "tiny-dlm"),
@@ -73,10 +73,12 @@ def exported(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def minihub():
+def minihub(tmp_path_factory):
     with MiniHub() as minihub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", minihub.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", minihub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub_cache")))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that this Hub does not speak
         patch.delenv("HF_TOKEN", raising=False)
         patch.setattr("hf_flashdlm.push.get_token", lambda: None)
@@ -263,6 +265,39 @@ print(json.dumps([
     for code in codes:
         assert code.startswith("transformers>=5.18 is required for a normal functioning of this module, but found")
         assert code.endswith("==5.17.0.\nhf_flashdlm needs it: `pip install -U transformers`.")
+
+
+# The checkpoints that have a card of their own, and what stands in for their weights.
+CHECKPOINTS = {
+    "GSAI-ML/LLaDA-8B-Instruct": LLADA,
+    "GSAI-ML/LLaDA-1.5": LLADA,
+    "Dream-org/Dream-v0-Instruct-7B": MODEL,
+    "apple/DiffuCoder-7B-Instruct": MODEL,
+    "o/unheard-of": MODEL,
+    "o/base": MODEL,
+}
+
+
+def test_checkpoints_of_the_hub_are_exported_and_their_cards_run(run_apart, published, exported, tmp_path):
+    code = APART
+    for checkpoint, weights in CHECKPOINTS.items():
+        if checkpoint not in published.repositories:
+            original = {path.name: path.read_bytes() for path in exported[weights].iterdir() if path.suffix != ".py"}
+            if checkpoint == "o/base":
+                del original["chat_template.jinja"]
+            published.create(checkpoint).commit(original)
+        name = checkpoint.partition("/")[2]
+        repo_id = f"o/flash-{name}"
+        folder = hub.export_model(checkpoint, tmp_path / name, repo_id)
+        weights = (exported[weights] / "model.safetensors").read_bytes()
+        assert (folder / "model.safetensors").read_bytes() == weights
+        push(folder, repo_id, token=TOKEN)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert ModelCard(card).data.base_model == [checkpoint]
+        assert repo_id in usage(card)
+        assert ("apply_chat_template" in usage(card)) == (checkpoint != "o/base")
+        code += usage(card) + "assert output.nfe > 0\n"
+    assert run_apart(code + "print('[]')") == []
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -458,9 +493,9 @@ def test_a_push_is_one_commit_with_a_tag(published, exported):
         assert repository.files(__version__) == {name: (folder / name).read_bytes() for name in list_files(folder)}
 
 
-def test_what_is_downloaded_is_what_was_exported(published, exported, tmp_path):
+def test_what_is_downloaded_is_what_was_exported(published, exported):
     for repo_id, folder in exported.items():
-        copy = Path(snapshot_download(repo_id, revision=__version__, cache_dir=tmp_path, endpoint=published.url))
+        copy = Path(snapshot_download(repo_id, revision=__version__))
         files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
         assert files == set(list_files(folder))
         assert all((copy / name).read_bytes() == (folder / name).read_bytes() for name in files)
