@@ -185,7 +185,7 @@ def load_config(option: str, name: str) -> PreTrainedConfig:
 
 
 def load_weights(option: str, name: str, device: str, dtype: str) -> PreTrainedModel:
-    """A model, on `device` and in `dtype`."""
+    """A model, on `device` and in `dtype`; from safetensors alone, as other files may hold code."""
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be auto or a dtype of torch, got {dtype!r}.")
     if device == "auto":
@@ -195,7 +195,7 @@ def load_weights(option: str, name: str, device: str, dtype: str) -> PreTrainedM
         device_map = device
     try:
         return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device_map, trust_remote_code=False
+            name, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
         ).eval()
     except (OSError, ValueError) as error:
         raise ValueError(f"`{option}` could not be loaded from {name!r}: {first_line(error)}") from error

@@ -3,6 +3,8 @@
 import io
 import json
 import re
+import sys
+from contextlib import nullcontext
 
 import pytest
 from rich.console import Console
@@ -138,6 +140,20 @@ def test_a_line_is_asked_for_on_a_terminal_alone(monkeypatch, is_terminal, promp
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "/exit")
     assert list(read_lines()) == []
     assert asked == [prompt]
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_the_shell_goes_on_in_a_line_of_its_own(monkeypatch, capsys, is_terminal, end):
+    def ended(text):
+        raise end
+
+    for stream in (sys.stdin, sys.stdout):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal, raising=False)
+    monkeypatch.setattr("builtins.input", ended)
+    with pytest.raises(KeyboardInterrupt) if end is KeyboardInterrupt else nullcontext():
+        assert list(read_lines()) == []
+    assert capsys.readouterr().out == "\n" * is_terminal
 
 
 def test_a_checkpoint_without_a_chat_template_is_refused(talk):

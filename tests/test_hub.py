@@ -1,6 +1,5 @@
 """Export, push to a Hub on loopback, and loading from it in processes where the package cannot be imported."""
 
-import argparse
 import json
 import os
 import re
@@ -8,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 
@@ -20,9 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.dynamic_module_utils import check_python_requirements
 
-from hf_flashdlm import __version__, diffusion_generate, hub, make_bidirectional
+from hf_flashdlm import __version__, cli, diffusion_generate, hub, make_bidirectional
 from hf_flashdlm.generate import decode, generate
-from hf_flashdlm.hub_cli import add_commands
 from hf_flashdlm.push import list_files, push
 
 
@@ -77,7 +76,9 @@ def minihub(tmp_path_factory):
     with MiniHub() as minihub, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", minihub.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", minihub.url + "/{repo_id}/resolve/{revision}/{filename}")
+        patch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", minihub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        )
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub_cache")))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that this Hub does not speak
         patch.delenv("HF_TOKEN", raising=False)
@@ -684,7 +685,11 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, minihub, tmp_path):
     (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
     refused("must have its weights as safetensors, but .* has no model.safetensors", *export(checkpoint))
     shutil.copyfile(TINY / "dlm" / "model.safetensors", checkpoint / "model.safetensors")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
+    (checkpoint / "tokenizer.json").rename(checkpoint / "vocab.json")
+    of_its_own = {"AutoTokenizer": ["tokenization_own.OwnTokenizer", None]}
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"auto_map": of_its_own}))
+    refused("must have a tokenizer of Transformers', which .* has not", *export(checkpoint))
+    for name in ("vocab.json", "tokenizer_config.json"):
         (checkpoint / name).unlink()
     refused("must have a tokenizer, which .* has not", *export(checkpoint))
     (checkpoint / "config.json").unlink()
@@ -703,31 +708,64 @@ def test_folders_and_cards_that_do_not_fit_are_refused(checkpoint, tmp_path):
 # The command line
 
 
-def test_the_commands_export_and_list(tmp_path, capsys):
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
+@pytest.fixture
+def run(capsys):
+    """`run(words)`: what a command prints to standard output."""
 
     def run(*words):
-        args = parser.parse_args(list(map(str, words)))
-        args.run(args)
+        assert cli.main(list(map(str, words))) == 0
         return capsys.readouterr().out
 
+    return run
+
+
+def test_the_commands_export_and_list(run, minihub, tmp_path):
     written = run("export", "model", MODEL, tmp_path / "dlm", "--checkpoint", TINY / "dlm", "--card", "tiny-dlm")
     assert "2.7 MB  model.safetensors\n" in written and f"flashdlm push {tmp_path / 'dlm'} {MODEL}\n" in written
     run("export", "guider", GUIDER, tmp_path / "guider", "--checkpoint", TINY / "guider")
     run("export", "code", "o/flash-llada", tmp_path / "code", "--model-type", "llada")
     assert (tmp_path / "code" / "modeling_llada.py").is_file()
     run("export", "strategy", STRATEGY, tmp_path / "strategy")
+    before = list(minihub.requests)
     listed = run("push", tmp_path / "strategy", STRATEGY, "--dry-run", "--private")
     files = list_files(tmp_path / "strategy")
     assert all(f"  {name}\n" in listed for name in files) and f"in {len(files)} files\n" in listed
+    assert minihub.requests == before
 
 
-def test_the_command_pushes(exported, minihub, monkeypatch, capsys):
+def test_the_command_pushes(exported, minihub, run, monkeypatch):
     monkeypatch.setattr("hf_flashdlm.push.get_token", lambda: TOKEN)
-    parser = argparse.ArgumentParser()
-    add_commands(parser.add_subparsers())
-    args = parser.parse_args(["push", str(exported[STRATEGY]), "o/command", "--private", "--tag", "v9"])
-    args.run(args)
-    assert capsys.readouterr().out == f"{minihub.url}/o/command/tree/v9\n"
+    printed = run("push", exported[STRATEGY], "o/command", "--private", "--tag", "v9")
+    assert printed == f"{minihub.url}/o/command/tree/v9\n"
     assert minihub.repositories["o/command"].private and "v9" in minihub.repositories["o/command"].tags
+
+
+def test_a_mistake_in_a_folder_is_one_sentence(exported, tmp_path, capsys):
+    folder = shutil.copytree(exported[STRATEGY], tmp_path / "strategy")
+    (folder / "README.md").unlink()
+    assert cli.main(["push", str(folder), "o/n", "--dry-run"]) == 2
+    refusal = f"flashdlm: `directory` must be a complete repository, but {str(folder)!r} has no README.md.\n"
+    assert capsys.readouterr() == ("", refusal)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no `pty`")
+def test_a_push_shows_its_progress_on_a_terminal(exported):
+    import pty
+    import termios
+
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 80))
+    with MiniHub() as fresh:
+        settings = {"HF_ENDPOINT": fresh.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1", "HF_HUB_OFFLINE": "0"}
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_DISABLE_PROGRESS_BARS"}
+        command = [sys.executable, "-m", "hf_flashdlm", "push", str(exported[MODEL]), "o/seen"]
+        process = subprocess.Popen(command, cwd=ROOT, env=environment | settings, stdout=terminal, stderr=terminal)
+        os.close(terminal)
+        shown = b""
+        with suppress(OSError):  # the end of a terminal on Linux
+            while read := os.read(screen, 1024):
+                shown += read
+        os.close(screen)
+        assert process.wait(timeout=60) == 0, shown
+    assert b"model.safetensors: 100%" in shown
+    assert shown.decode().splitlines()[-1] == f"{fresh.url}/o/seen/tree/{__version__}"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from hf_flashdlm.demo import TINY
 from hf_flashdlm.prompting import MAX_NEW_TOKENS, Checkpoint
@@ -144,6 +145,9 @@ def test_a_folder_without_weights_is_refused(tmp_path):
     folder = partial_copy(tmp_path, "config.json")
     with pytest.raises(ValueError, match="`--model` could not be loaded from .*model.safetensors"):
         Checkpoint.load(folder)
+    torch.save(load_file(TINY / "dlm" / "model.safetensors"), Path(folder) / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="`--model` could not be loaded from .*model.safetensors"):
+        Checkpoint.load(folder)  # which would be unpickled
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -2,18 +2,22 @@
 
 import json
 import os
+import re
+import shutil
 import socket
 import subprocess
 import sys
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
+from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
 
 from hf_flashdlm import hub
 from hf_flashdlm.demo import TINY
-from hf_flashdlm.prompting import Checkpoint
+from hf_flashdlm.prompting import Checkpoint, load_guider
 
 
 # What `pip install "transformers[serving]"` adds, and the host's command line, which may lack something even so.
@@ -38,11 +42,9 @@ def is_healthy(url):
         return False
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """The folder that `transformers serve` serves, and where."""
-    apart = tmp_path_factory.mktemp("serve")
-    folder = hub.export_model(str(TINY / "dlm"), apart / "tiny", "o/tiny", "tiny-dlm")
+@contextmanager
+def serve(folder, apart):
+    """Where `transformers serve` serves `folder`; its log and its modules are kept in `apart`."""
     port = free_port()
     command = [*HOST, "serve", str(folder), "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(apart / "modules")}
@@ -53,31 +55,83 @@ def server(tmp_path_factory):
             while not is_healthy(url):
                 assert process.poll() is None and time.monotonic() < deadline, (apart / "log").read_text()
                 time.sleep(0.1)
-            yield folder, url
+            yield url
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
-def test_the_server_answers_as_generate_does(server):
-    folder, url = server
-    turn = {"role": "user", "content": QUESTION}
-    body = {"model": str(folder), "messages": [turn], "max_tokens": 64}
+def ask(url, folder, **options):
+    """What the server answers to `QUESTION`."""
+    body = {"model": str(folder), "messages": [{"role": "user", "content": QUESTION}], **options}
     request = Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
     with urlopen(request, timeout=60) as response:
-        answer = json.load(response)
-    expected = Checkpoint.load(str(folder), "cpu").continue_prompts([QUESTION], {"max_new_tokens": 64})
+        return response.read().decode()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return hub.export_model(str(TINY / "dlm"), tmp_path_factory.mktemp("exported") / "tiny", "o/tiny", "tiny-dlm")
+
+
+@pytest.fixture(scope="module")
+def url(folder, tmp_path_factory):
+    with serve(folder, tmp_path_factory.mktemp("serve")) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder):
+    return Checkpoint.load(str(folder), "cpu")
+
+
+def test_the_server_answers_as_generate_does(url, folder, checkpoint):
+    answer = json.loads(ask(url, folder, max_tokens=64))
+    expected = checkpoint.continue_prompts([QUESTION], {"max_new_tokens": 64})
     assert answer["choices"][0]["message"]["content"].strip() == expected.texts[0]
     assert answer["choices"][0]["finish_reason"] == "stop"
     assert answer["usage"]["completion_tokens"] == expected.lengths[0]
 
 
-def test_the_chat_of_the_host_talks_to_it(server):
-    folder, url = server
+def test_a_streamed_answer_is_the_same(url, folder, checkpoint):
+    lines = ask(url, folder, max_tokens=64, stream=True).split("\n\n")
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    assert text.strip() == checkpoint.continue_prompts([QUESTION], {"max_new_tokens": 64}).texts[0]
+    assert len(chunks) > 3
+
+
+def test_more_tokens_than_the_model_has_positions_are_refused(url, folder):
+    with pytest.raises(HTTPError, match="500"):
+        ask(url, folder)
+    refusal = "`max_new_tokens` and the prompt must fit the model's 512 positions together"
+    assert refusal in ask(url, folder, stream=True)
+
+
+def test_a_guider_is_served_as_the_readme_says(folder, checkpoint, tmp_path):
+    readme = Path(__file__).parents[1] / "README.md"
+    served = readme.read_text(encoding="utf-8").partition("\n## Command line\n")[2].partition("\n## ")[0]
+    (code,) = re.findall(r"```python\n(.*?)```", served, re.DOTALL)
+    guided = shutil.copytree(folder, tmp_path / "guided")
+    (guided / "custom_generate").mkdir()
+    assert '"hf-flashdlm/tiny-guider"' in code
+    code = code.replace('"hf-flashdlm/tiny-guider"', repr(str(TINY / "guider")))
+    (guided / "custom_generate" / "generate.py").write_text(code, encoding="utf-8")
+    with serve(guided, tmp_path) as url:
+        answer = json.loads(ask(url, guided, max_tokens=64))["choices"][0]["message"]["content"].strip()
+        streamed = ask(url, guided, max_tokens=64, stream=True)
+    options = {"max_new_tokens": 64}
+    guider = load_guider(str(TINY / "guider"), "cpu")
+    assert answer == checkpoint.continue_prompts([QUESTION], options | {"guider": guider}).texts[0]
+    assert answer != checkpoint.continue_prompts([QUESTION], options).texts[0]
+    assert '"error"' not in streamed
+
+
+def test_the_chat_of_the_host_talks_to_it(url, folder, checkpoint):
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}  # the client refuses loopback, too, in offline mode
     command = [*HOST, "chat", str(folder), f"{url}/v1", "max_new_tokens=64", "do_sample=False", "--user", "tester"]
     lines = f"{QUESTION}\n!exit\n"
     run = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
-    expected = Checkpoint.load(str(folder), "cpu").continue_prompts([QUESTION], {"max_new_tokens": 64})
+    expected = checkpoint.continue_prompts([QUESTION], {"max_new_tokens": 64})
     assert expected.texts[0].splitlines()[0] in run.stdout
