@@ -22,6 +22,12 @@ from transformers.dynamic_module_utils import check_python_requirements
 
 from hf_flashdlm import __version__, cli, diffusion_generate, hub, make_bidirectional
 from hf_flashdlm.generate import decode, generate
+from hf_flashdlm.generation_config import (
+    DEFAULT_BLOCK_LENGTH,
+    DEFAULT_CONFIDENCE_THRESHOLD,
+    WINDOW_POLICIES,
+    DiffusionOptions,
+)
 from hf_flashdlm.push import list_files, push
 
 
@@ -482,6 +488,20 @@ def test_numbers_of_cards_come_from_the_results(exported):
     for score in (value for name, value in results["scores"].items() if name != "guider alone"):
         assert f"| {score['exact_match']} | {score['nfe']} |" in card
     assert f"{results['parameters']['dlm']:,} parameters" in card
+
+
+def test_defaults_of_cards_are_those_of_the_options(exported):
+    card = (exported[STRATEGY] / "README.md").read_text()
+    options = DiffusionOptions()
+    for name, value in (
+        ("confidence_threshold", DEFAULT_CONFIDENCE_THRESHOLD),
+        ("block_length", DEFAULT_BLOCK_LENGTH),
+        ("window_policy", f'`"{options.window_policy}"`'),
+        ("steps", str(options.steps).lower()),
+    ):
+        assert f"| `{name}` | {value} |" in card
+    for name in WINDOW_POLICIES:
+        assert f'`"{name}"`' in card
 
 
 # Pushing
