@@ -34,7 +34,7 @@ def run_chat(checkpoint: Checkpoint, options: dict, system: str | None, console:
         notes (`Console`): Gets everything else.
 
     Raises:
-        ValueError: If there is no chat template, or if not even the first question of a conversation can be answered.
+        ValueError: If there is no chat template, or if not even the first question can be answered.
     """
     if checkpoint.tokenizer.chat_template is None:
         raise ValueError(
@@ -42,7 +42,7 @@ def run_chat(checkpoint: Checkpoint, options: dict, system: str | None, console:
         )
     notes.print(f"{CLEAR} forgets the conversation, {EXIT} ends it.", style=NOTE)
     opening = [{"role": "system", "content": system}] if system else []
-    turns = []
+    turns, continuation = [], None
     for line in read_lines():
         if line == CLEAR:
             turns = []
@@ -53,8 +53,8 @@ def run_chat(checkpoint: Checkpoint, options: dict, system: str | None, console:
         except KeyboardInterrupt:
             notes.print("\nDropped; the conversation is as it was before the question.", style=NOTE)
         except ValueError as error:
-            if not turns:
-                raise
+            if continuation is None:
+                raise  # the mistake may be in `options`, which no question can change
             notes.print(f"{error} Or {CLEAR} forgets the conversation.")
         else:
             turns += [question, {"role": "assistant", "content": continuation.texts[0]}]

@@ -166,7 +166,8 @@ def _fetch(checkpoint: str) -> Path:
         return Path(snapshot_download(checkpoint, allow_patterns=list(NEEDED)))
     except (HFValidationError, OSError, *CONNECTION_ERRORS) as error:
         raise ValueError(
-            f"`checkpoint` must be a folder or a repository that can be downloaded, got {checkpoint!r}."
+            f"`checkpoint` must be a folder or a repository that can be downloaded, got {checkpoint!r} "
+            f"({type(error).__name__})."
         ) from error
 
 

@@ -4,6 +4,7 @@ Owns their arguments and what they print. Knows nothing of what lies in a reposi
 """
 
 import argparse
+import shlex
 
 from rich.console import Console
 from rich.filesize import decimal
@@ -79,7 +80,7 @@ def run_export_code(args: argparse.Namespace):
 def report_export(directory, repo_id: str) -> None:
     """Print what was written and what publishes it."""
     print_files(list_files(directory))
-    say(f"flashdlm push {directory} {repo_id}")
+    say(shlex.join(["flashdlm", "push", str(directory), repo_id]))
 
 
 def run_push(args: argparse.Namespace) -> None:

@@ -115,6 +115,12 @@ def test_a_conversation_that_no_longer_fits_can_be_cleared(talk, conversations):
     assert [role for role, _ in conversations[-1]] == ["user", "assistant", "user"]
 
 
+def test_nor_does_a_question_that_is_too_long_end_a_conversation_that_was_cleared(talk, conversations):
+    noted = talk(QUESTION, "/clear", "many " * 512, QUESTION)
+    assert noted.count("must fit the model's 512 positions together") == 1
+    assert conversations[-1] == conversations[0] == [("user", QUESTION)]
+
+
 def test_a_first_question_that_is_refused_ends_it(talk):
     with pytest.raises(ValueError, match="`block_length` must be"):
         talk(QUESTION, options=OPTIONS | {"block_length": 0})

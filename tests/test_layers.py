@@ -94,6 +94,7 @@ FORBIDDEN_PACKAGES = {
 }
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "open", "input", "breakpoint"}
 FORBIDDEN_ATTRIBUTES = {"torch.load", "torch.hub", "torch.save"}
+FORBIDDEN_METHODS = {"from_pretrained", "push_to_hub", "cached_file", "hf_hub_download", "snapshot_download"}
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -103,7 +104,9 @@ def test_exported_code_needs_torch_and_transformers_and_reaches_for_nothing_else
     assert not roots & FORBIDDEN_PACKAGES
     called = {node.func.id for node in nodes(name) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     assert not called & FORBIDDEN_CALLS
-    assert not {ast.unparse(node) for node in nodes(name) if isinstance(node, ast.Attribute)} & FORBIDDEN_ATTRIBUTES
+    attributes = [node for node in nodes(name) if isinstance(node, ast.Attribute)]
+    assert not {ast.unparse(node) for node in attributes} & FORBIDDEN_ATTRIBUTES
+    assert not {node.attr for node in attributes} & FORBIDDEN_METHODS
 
 
 @pytest.mark.parametrize("name", MODULES)
