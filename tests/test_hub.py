@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -285,19 +286,26 @@ CHECKPOINTS = {
 }
 
 
-def test_checkpoints_of_the_hub_are_exported_and_their_cards_run(run_apart, published, exported, tmp_path):
-    code = APART
+@pytest.fixture(scope="module")
+def originals(published, exported):
+    """The Hub with those checkpoints, as their authors might have published them."""
     for checkpoint, weights in CHECKPOINTS.items():
         if checkpoint not in published.repositories:
-            original = {path.name: path.read_bytes() for path in exported[weights].iterdir() if path.suffix != ".py"}
+            files = {path.name: path.read_bytes() for path in exported[weights].iterdir() if path.suffix != ".py"}
             if checkpoint == "o/base":
-                del original["chat_template.jinja"]
-            published.create(checkpoint).commit(original)
+                del files["chat_template.jinja"]
+            published.create(checkpoint).commit(files)
+    return published
+
+
+def test_checkpoints_of_the_hub_are_exported_and_their_cards_run(run_apart, originals, exported, tmp_path):
+    code = APART
+    for checkpoint, weights in CHECKPOINTS.items():
         name = checkpoint.partition("/")[2]
         repo_id = f"o/flash-{name}"
         folder = hub.export_model(checkpoint, tmp_path / name, repo_id)
-        weights = (exported[weights] / "model.safetensors").read_bytes()
-        assert (folder / "model.safetensors").read_bytes() == weights
+        for original in exported[weights].glob("*.safetensors"):
+            assert (folder / original.name).read_bytes() == original.read_bytes()
         push(folder, repo_id, token=TOKEN)
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert ModelCard(card).data.base_model == [checkpoint]
@@ -310,15 +318,29 @@ def test_checkpoints_of_the_hub_are_exported_and_their_cards_run(run_apart, publ
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.skipif("## On the Hub" not in README, reason="README.md has no section about the Hub")
+SECTION = README.partition("## On the Hub\n")[2].partition("\n## ")[0]
+
+
 @pytest.mark.parametrize("installed", [False, True])
 def test_the_section_of_the_readme_runs_as_written(run_apart, installed):
-    section = README.partition("## On the Hub\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
     blocks = [block for block in blocks if ("hf_flashdlm" in block) == installed]
     assert blocks
     path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" if installed else APART
     assert run_apart(path + "".join(blocks) + "\nprint('[]')") == []
+
+
+def test_the_commands_of_the_readme_run_as_written(originals, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("hf_flashdlm.push.get_token", lambda: TOKEN)
+    commands = [shlex.split(line, comments=True)[1:] for line in SECTION.splitlines() if line.startswith("flashdlm ")]
+    assert [words[0] for words in commands] == ["export", "push"]
+    for words in commands:
+        assert cli.main(words) == 0
+    listed = capsys.readouterr().out
+    assert listed.count("  model.safetensors\n") == 2 and "my-org/flash-llada" not in originals.repositories
+    assert cli.main([word for word in commands[-1] if word != "--dry-run"]) == 0
+    assert originals.repositories["my-org/flash-llada"].private
 
 
 # The forms of `custom_generate`, in this process
