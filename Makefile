@@ -41,7 +41,7 @@ check: $(READY)
 	$(BIN)/ruff format --check
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .hypothesis
 
 # Installed again only when the pins or the package's metadata change.
 $(READY): tests/requirements.txt pyproject.toml

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.filesize import decimal
 
 from . import __version__
-from .hub import MODELS, export_code, export_guider, export_model, export_strategy
+from .hub import MODELS, check_repo_id, export_code, export_guider, export_model, export_strategy
 from .push import list_files, push
 
 
@@ -85,6 +85,7 @@ def report_export(directory, repo_id: str) -> None:
 
 def run_push(args: argparse.Namespace) -> None:
     """`flashdlm push`."""
+    check_repo_id(args.repo_id)
     if args.dry_run:
         print_files(list_files(args.directory))
     else:

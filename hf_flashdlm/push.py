@@ -105,7 +105,7 @@ def _check_exported(directory: Path) -> None:
 
     need("README.md")
     modules = []
-    if (directory / STRATEGY).is_dir():
+    if (directory / STRATEGY).is_dir() and not (directory / "config.json").is_file():
         modules.append(need(f"{STRATEGY}/generate.py"))
         need(f"{STRATEGY}/requirements.txt")
     else:

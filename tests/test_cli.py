@@ -19,12 +19,13 @@ GENERATE_OPTIONS = """--model --guider --prompt --max-new-tokens --block-length 
 CHAT_OPTIONS = """--model --guider --max-new-tokens --block-length --temperature --seed --dtype --device
 --system""".split()
 DEMO_OPTIONS = "--problems --batch-size --repeats --show --seed --json".split()
+PUSH_OPTIONS = "--private --public --tag --dry-run".split()
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [("generate", GENERATE_OPTIONS), ("chat", CHAT_OPTIONS), ("demo", DEMO_OPTIONS)],
-    ids=["generate", "chat", "demo"],
+    [("generate", GENERATE_OPTIONS), ("chat", CHAT_OPTIONS), ("demo", DEMO_OPTIONS), ("push", PUSH_OPTIONS)],
+    ids=["generate", "chat", "demo", "push"],
 )
 def test_help_names_every_option(capsys, command, options):
     with pytest.raises(SystemExit) as stop:
@@ -38,7 +39,8 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
     printed = capsys.readouterr().out
-    assert "generate" in printed and "chat" in printed and "demo" in printed
+    for command in ("generate", "chat", "demo", "bench", "export", "push"):
+        assert f"\n    {command} " in printed
 
 
 def test_the_package_runs_as_a_module():
@@ -105,6 +107,10 @@ def test_the_seed_decides_what_is_drawn(capsys):
     [
         ([], "the following arguments are required: COMMAND"),
         (["generate"], "the following arguments are required: --model"),
+        (["export"], "the following arguments are required: KIND"),
+        (["export", "model", "o/n", "folder"], "the following arguments are required: --checkpoint"),
+        (["push", "folder"], "the following arguments are required: REPO_ID"),
+        (["push", "folder", "o/n", "--private", "--public"], "argument --public: not allowed with argument --private"),
         ([*SHORT, "--prompt", ""], "a prompt must not be empty, got one that is."),
         ([*SHORT, "--prompt", "a", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         (["demo", "--problems", "0"], "argument --problems: must be an integer of at least 1, got '0'."),

@@ -698,6 +698,16 @@ def test_an_incomplete_folder_is_not_pushed(exported, tmp_path, repo_id, name):
         push(folder, "o/n", token=TOKEN)
 
 
+def test_a_model_may_bring_a_strategy_of_its_own(exported, tmp_path):
+    folder = shutil.copytree(exported[MODEL], tmp_path / "folder")
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("def generate(model, **kwargs):\n    pass\n")
+    assert set(list_files(folder)) == {*list_files(exported[MODEL]), "custom_generate/generate.py"}
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"has no model.safetensors"):
+        list_files(folder)
+
+
 # Exporting what cannot be
 
 
@@ -788,6 +798,8 @@ def test_the_command_pushes(exported, minihub, run, monkeypatch):
 def test_a_mistake_in_a_folder_is_one_sentence(exported, tmp_path, capsys):
     folder = shutil.copytree(exported[STRATEGY], tmp_path / "strategy")
     (folder / "README.md").unlink()
+    assert cli.main(["push", str(folder), "no-organization", "--dry-run"]) == 2
+    assert "`repo_id` must have the form organization/name" in capsys.readouterr().err
     assert cli.main(["push", str(folder), "o/n", "--dry-run"]) == 2
     refusal = f"flashdlm: `directory` must be a complete repository, but {str(folder)!r} has no README.md.\n"
     assert capsys.readouterr() == ("", refusal)
