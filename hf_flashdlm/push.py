@@ -17,6 +17,7 @@ from .hub import CONNECTION_ERRORS, STRATEGY, check_repo_id, weight_files
 
 
 IGNORED = (".*", "*/.*", "*__pycache__*", "*.pyc")  # what a folder is pushed without
+REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")  # of an earlier version it might be loaded instead
 
 
 def list_files(directory: str | Path) -> dict[str, int]:
@@ -38,7 +39,8 @@ def push(
     Publish an exported folder: create the repository if there is none, upload all files in one commit, tag it.
 
     Nothing of an upload shows before its commit, so one that was interrupted can be repeated; large files that the
-    Hub holds already are not sent again.
+    Hub holds already are not sent again. The commit removes weights and code that the folder has not, and leaves all
+    else that the repository holds.
 
     Args:
         directory (`str` or `Path`): A folder that an export has written.
@@ -71,7 +73,11 @@ def push(
         if any(one.name == tag for one in api.list_repo_refs(repo_id).tags):
             raise ValueError(f"`tag` must be new, got {tag!r}, which {repo_id} has already: name another one.")
         commit = api.upload_folder(
-            repo_id=repo_id, folder_path=directory, commit_message=f"hf_flashdlm {tag}", ignore_patterns=list(IGNORED)
+            repo_id=repo_id,
+            folder_path=directory,
+            commit_message=f"hf_flashdlm {tag}",
+            ignore_patterns=list(IGNORED),
+            delete_patterns=list(REPLACED),
         )
         api.create_tag(repo_id, tag=tag, revision=commit.oid)
     except OfflineModeIsEnabled as error:

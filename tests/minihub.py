@@ -242,6 +242,8 @@ class Handler(BaseHTTPRequestHandler):
                 files[operation["value"]["path"]] = base64.b64decode(operation["value"]["content"])
             elif operation["key"] == "lfsFile":
                 files[operation["value"]["path"]] = self.server.objects[operation["value"]["oid"]]
+            elif operation["key"] == "deletedFile":
+                del files[operation["value"]["path"]]
         commit_id = self.repository(repo_id).commit(files)
         url = f"{self.server.url}/{repo_id}/commit/{commit_id}"
         return {"success": True, "commitOid": commit_id, "commitUrl": url, "hookOutput": ""}

@@ -632,6 +632,17 @@ def test_a_repeated_push_sends_only_what_the_hub_has_not(sharded, minihub, impat
     assert files == {name: (sharded / name).read_bytes() for name in list_files(sharded)}
 
 
+def test_nothing_of_an_earlier_version_is_loaded(sharded, exported, minihub):
+    push(exported[MODEL], "o/grown", token=TOKEN, tag="v1")
+    repository = minihub.repositories["o/grown"]
+    before = repository.files() | {"picture.png": b"of the author", "old.py": b""}
+    repository.commit(before)
+    push(sharded, "o/grown", token=TOKEN, tag="v2")
+    assert set(repository.files("v2")) == {*list_files(sharded), "picture.png"}
+    assert "model.safetensors" in repository.files("v1")
+    assert len(repository.commits) == 4
+
+
 def test_a_push_that_broke_off_before_its_tag_is_completed(exported, minihub):
     push(exported[STRATEGY], "o/untagged", token=TOKEN)
     repository = minihub.repositories["o/untagged"]
