@@ -4,11 +4,9 @@ Owns the way from the diffusion model's ids to text, to the guider's ids, and ba
 with special tokens mapped one by one. Knows nothing of acceptance rules or of how drafts are chosen.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from transformers import DynamicCache
 
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished character decodes to
@@ -97,74 +95,3 @@ class Alignment:
                 return lengths
         # Pieces that are no whole characters, or change beside each other: read the text as it grows.
         return [len(decode(ids[: stop + 1], clean_up_tokenization_spaces=False)) for stop in range(len(ids))]
-
-
-class TextReader:
-    r"""
-    Judges canvas tokens with a model that reads them as text.
-
-    Its cache holds the ids that each row was read as; a row is read on from where they begin to differ, the batch from
-    the first such place.
-
-    Args:
-        model (`PreTrainedModel`): The guider.
-        alignment ([`Alignment`]): The way between the vocabularies.
-        num_rows (`int`): Rows of the batch.
-    """
-
-    def __init__(self, model, alignment: Alignment, num_rows: int):
-        self.model, self.alignment = model, alignment
-        self.cache = DynamicCache(config=model.config)
-        self.seen: list[list[int]] = [[] for _ in range(num_rows)]
-
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
-        """Keep the rows `indices` of the batch."""
-        self.seen = [self.seen[index] for index in indices.tolist()]
-        self.cache.batch_select_indices(indices.to(self.model.device))
-
-    def judge(self, rows: list[list[int]], first: list[int], rule: Callable) -> list[set[int]]:
-        """
-        Positions of each row, from `first` on, that the rule refuses: any of their text is in a refused token.
-
-        Args:
-            rows (`list[list[int]]`): Canvas ids of each row, drafts included, without padding.
-            first (`list[int]`): Position in each row of the first draft.
-            rule (`Callable`): `(logits (n, vocab_size), ids (n,)) -> accepted (n,)`.
-        """
-        read = [self.alignment.translate(row) for row in rows]
-        # The first guider token that holds text of a draft; the logits that score it come from the token before.
-        begins = [
-            next((k for k, (_, last) in enumerate(one.spans) if last >= start), len(one.ids))
-            for one, start in zip(read, first, strict=True)
-        ]
-        known = [_common_prefix(seen, one.ids) for seen, one in zip(self.seen, read, strict=True)]
-        start = max(min(min(begin - 1, same) for begin, same in zip(begins, known, strict=True)), 0)
-        logits = self._forward([one.ids for one in read], start)
-        refused = []
-        for index, (one, begin) in enumerate(zip(read, begins, strict=True)):
-            begin = max(begin, 1)  # nothing stands before the first token that could score it
-            scores = logits[index, begin - 1 - start : len(one.ids) - 1 - start]
-            ids = torch.tensor(one.ids[begin:], device=logits.device)
-            accepted = rule(scores, ids).tolist() if len(ids) else []
-            spans = [span for span, passed in zip(one.spans[begin:], accepted, strict=True) if not passed]
-            refused.append({position for low, high in spans for position in range(low, high + 1)})
-        return refused
-
-    def _forward(self, ids: list[list[int]], start: int) -> torch.Tensor:
-        """Logits from position `start` of the rows' ids on; what pads a shorter row stands behind all it has."""
-        longest = max(map(len, ids))
-        padded = torch.tensor([row + [row[-1]] * (longest - len(row)) for row in ids], device=self.model.device)
-        self.cache.crop(min(start - self.cache.get_seq_length(), 0))
-        logits = self.model(
-            input_ids=padded[:, start:],
-            position_ids=torch.arange(start, longest, device=self.model.device)[None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).logits
-        self.seen = ids
-        return logits
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    length = min(len(left), len(right))
-    return next((index for index in range(length) if left[index] != right[index]), length)

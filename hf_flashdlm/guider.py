@@ -1,183 +1,21 @@
 """Guided Diffusion: a small autoregressive model judges which drafts may be written at once.
 
-Owns the autoregressive model, its cache, the acceptance rules, the gate and their counts. Knows nothing of blocks,
-schedules, windows or the diffusion model's cache. Its form is a logits processor: scores in, scores out.
+Owns the acceptance rules, what they make of the scores, and their counts. Knows nothing of blocks, schedules, windows,
+or of how the autoregressive model keeps what it has read. Its form is a logits processor: scores in, scores out.
 """
 
 import math
-import time
-from dataclasses import replace
 
 import torch
-from transformers import DynamicCache, LogitsProcessor
 
-from .alignment import Alignment, TextReader
-from .compiling import Forward
+from .alignment import Alignment
+from .gate import Gate
+from .reading import ARReader, TextReader
 from .unmasking import draft
 
 
 ACCEPTANCE_RULES = ("top1", "topk", "topk_relative")
-PADDING = 256  # two models with one tokenizer may round the size of its vocabulary up differently
 COMBINATIONS = ("union", "intersection")
-
-
-class ARReader(LogitsProcessor):
-    """
-    Reads a canvas with drafts in place of its masks through an autoregressive model with a K/V cache.
-
-    Abstract: [`ARGuider`] judges the drafts by what it reads, [`ProductMixture`] mixes it with the scores. Its cache
-    holds the states of the prefix that was clean at the last call, and nothing else: drafts are read anew each time.
-    """
-
-    reads_canvas = True  # called with the canvas and (B, N, V) scores, not position by position
-
-    def __init__(self, model, num_drafts: int):
-        if not isinstance(num_drafts, int) or num_drafts < 1:
-            raise ValueError(f"`num_drafts` must be a positive integer, got {num_drafts!r}.")
-        self.model = model
-        self.num_drafts = num_drafts
-
-    @property
-    def lookahead(self) -> int | None:
-        """Positions from the frontier on that a step has to score; `None` for those of the block."""
-        return self.num_drafts
-
-    @property
-    def shares_vocabulary(self) -> bool:
-        """Whether it is known to, so that the sizes may differ by padding, or need not."""
-        return False
-
-    def reset(
-        self,
-        diffusion_model,
-        canvas_mask: torch.LongTensor,
-        mask_token_id: int,
-        temperature=None,
-        generator=None,
-        compile_config=None,
-    ) -> None:
-        r"""
-        Forget the last call; called at the start of every `generate`.
-
-        Args:
-            diffusion_model (`PreTrainedModel`): The model whose drafts are read.
-            canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas is padding.
-            mask_token_id (`int`): The diffusion model's mask token.
-            temperature (`float`, *optional*): Draw the drafts, from scores divided by this, instead of taking the
-                most likely tokens.
-            generator (`torch.Generator`, *optional*): Source of randomness when drawing.
-            compile_config (`CompileConfig`, *optional*): Compile the forward, for shapes of any size.
-
-        Raises:
-            ValueError: If the guider has another vocabulary.
-        """
-        vocab_size = diffusion_model.config.get_text_config().vocab_size
-        self.vocab_size = self.model.config.get_text_config().vocab_size
-        if abs(self.vocab_size - vocab_size) > min(PADDING, vocab_size // 100) and not self.shares_vocabulary:
-            raise ValueError(
-                f"`guider` must share the diffusion model's vocabulary of {vocab_size} tokens, got one of "
-                f"{self.vocab_size}: pass both tokenizers, `ARGuider(model, tokenizer=..., canvas_tokenizer=...)`."
-            )
-        self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
-        self.canvas_mask = canvas_mask.to(self.model.device)
-        self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
-        if compile_config is not None:  # what it reads grows: no captured graph would be used twice
-            compile_config = replace(compile_config, dynamic=True, mode=None)
-        self.forward = Forward(self.model, compile_config)
-        self.cache = DynamicCache(config=self.model.config)
-        self.committed = 0  # length of the clean prefix that all rows shared at the last call
-        self.rows = torch.arange(len(canvas_mask))
-        self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
-        self.unchanged = []  # of each call, on the device: whether it found them on the canvas
-        self.forwards = torch.zeros(len(canvas_mask), dtype=torch.long)
-        self.seconds = 0.0
-
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
-        """Keep the rows `indices` (on the CPU) of the batch."""
-        rows = indices.to(self.canvas_mask.device)
-        self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
-        self.seen = self.seen[rows]
-        if self.cache.is_initialized:
-            self.cache.batch_select_indices(rows)
-        self.rows = self.rows[indices]
-
-    def __call__(
-        self,
-        input_ids: torch.LongTensor,
-        scores: torch.Tensor,
-        positions: torch.LongTensor,
-        frontier: torch.LongTensor,
-        candidate: torch.BoolTensor | None = None,
-    ) -> torch.Tensor:
-        r"""
-        Args:
-            input_ids (`torch.LongTensor` of shape `(batch_size, canvas_length)`): The canvas, masks included.
-            scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Scores of the diffusion model.
-            positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
-                Consecutive canvas positions that the scores belong to, on the CPU.
-            frontier (`torch.LongTensor` of shape `(batch_size,)`): First masked position of each row, on the CPU.
-            candidate (`torch.BoolTensor` of shape `(batch_size, num_positions)`, *optional*):
-                Which positions may be written, on the CPU; by default the masked ones.
-
-        Returns:
-            `torch.Tensor`: Scores of the same shape.
-        """
-        started = time.perf_counter()
-        if candidate is None:
-            candidate = (input_ids.gather(1, positions.to(input_ids.device)) == self.mask_token_id).cpu()
-        scores = self._process(input_ids, scores, positions, frontier, candidate)
-        self.seconds += time.perf_counter() - started
-        return scores
-
-    def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
-        raise NotImplementedError
-
-    def _read(self, input_ids, drafts, positions, frontier, asked=slice(None)) -> torch.Tensor:
-        """
-        Logits of the autoregressive model that score `positions`, `(B, N, V)`, on the device of the scores. The
-        forward counts for the rows `asked`, a bool per row.
-        """
-        on_canvas = positions.to(input_ids.device)
-        current = input_ids.gather(1, on_canvas)
-        drafted = torch.where(current == self.mask_token_id, drafts, current)
-        canvas = input_ids.scatter(1, on_canvas, drafted).to(self.canvas_mask.device)
-        canvas = canvas.clamp_max(self.vocab_size - 1)  # what the guider does not know it cannot accept
-        start = max(self.committed - 1, 0)
-        stop = max(int(positions.max()), start + 1)
-        if int(frontier.min()) < self.committed:
-            raise RuntimeError(
-                f"`frontier` must not move back from one call to the next, got {int(frontier.min())} after "
-                f"{self.committed}: `reset` the guider before another canvas."
-            )
-        self.unchanged.append((self.seen[:, :start] == canvas[:, :start]).all())
-        self.cache.crop(min(start - self.cache.get_seq_length(), 0))
-        first = max(int(positions.min()) - 1 - start, 0)
-        logits = self.forward(
-            input_ids=canvas[:, start:stop],
-            attention_mask=self.canvas_mask[:, :stop],
-            position_ids=self.position_ids[:, start:stop],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=stop - start - first,
-        ).logits
-        self.committed = int(frontier.min())
-        self.seen = canvas[:, : self.committed]
-        self.forwards[self.rows[asked]] += 1
-        slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
-        return logits[torch.arange(len(slots), device=logits.device)[:, None], slots].to(input_ids.device)
-
-    def statistics(self, total_seconds: float) -> dict:
-        """
-        Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`].
-
-        Raises:
-            RuntimeError: If the canvas was changed behind the guider's back; waits for the device, as a step does not.
-        """
-        if self.unchanged and not torch.stack(self.unchanged).all():
-            raise RuntimeError(
-                "The canvas left of the frontier has changed between two calls: `reset` the guider before another one."
-            )
-        return {"guider_forwards": self.forwards, "guider_time_share": self.seconds / total_seconds}
 
 
 class ARGuider(ARReader):
@@ -189,8 +27,13 @@ class ARGuider(ARReader):
     written; if it refuses the first, that one is written all the same, so that every step makes progress. A refused
     position comes back with the mask token as its only finite score, an accepted one with its draft as the only one.
 
+    At a temperature the drafts are drawn, independently, from the diffusion model's scores divided by it, and judged
+    as any others. So the first token of a step, which is written in any case, follows the diffusion model's own
+    distribution; the tokens behind it follow it on condition that they are accepted.
+
     Args:
-        model (`PreTrainedModel`): A causal language model.
+        model (`PreTrainedModel`):
+            A causal language model with attention in every layer; windows of attention may slide.
         accept (`str`, *optional*, defaults to `"topk_relative"`):
             A draft is accepted when it is the guider's best token (`"top1"`), among its `top_k` best (`"topk"`), or
             among them with a probability of at least `relative_threshold` times the best one's (`"topk_relative"`).
@@ -206,7 +49,7 @@ class ARGuider(ARReader):
             Leave the drafts of the block behind the first refused one to the unmasking rule of the decode.
         gate (`str`, *optional*):
             `"auto"` compares, in each row, some steps with guidance to some without, and stops asking where
-            the tokens written per step do not repay the guider's cost.
+            the tokens written per step do not repay the guider's cost. The output says when, in `gate_closed_at`.
         tokenizer (`PreTrainedTokenizerBase`, *optional*):
             The guider's tokenizer, where it is not the diffusion model's: drafts are then read as text. Needs
             `canvas_tokenizer`.
@@ -278,14 +121,16 @@ class ARGuider(ARReader):
         """See [`ARReader.reset`]."""
         super().reset(diffusion_model, *args, **kwargs)
         self.text_reader = self._text_reader(diffusion_model) if self.reads_text else None
+        self.padding = (self.canvas_mask == 0).sum(1).cpu()  # of each row, before its text
         self.counts = []  # of each step: rows asked, drafts judged and accepted in each; on the scores' device
         ratio = self.cost_ratio
         if self.gate is not None and ratio is None:
             ratio = self.model.num_parameters() / diffusion_model.num_parameters()
-        self.gates = None if self.gate is None else Gate(len(self.rows), ratio)
+        self.gates = None if self.gate is None else Gate(*self.canvas_mask.shape, ratio)
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         super().batch_select_indices(indices)
+        self.padding = self.padding[indices]
         if self.text_reader is not None:
             self.text_reader.batch_select_indices(indices)
 
@@ -293,7 +138,7 @@ class ARGuider(ARReader):
         on_scores = positions.to(scores.device)
         asked = torch.ones_like(frontier, dtype=torch.bool)
         if self.gates is not None:
-            asked = self.gates.ask(self.rows, (input_ids == self.mask_token_id).sum(1).cpu())
+            asked = self.gates.ask(self.rows, positions, frontier, candidate)
             if not asked.any():
                 return scores
         drafts, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
@@ -326,19 +171,17 @@ class ARGuider(ARReader):
         drafted = torch.where(current == self.mask_token_id, drafts, current)
         stop = positions[:, 0] + (positions < frontier[:, None] + self.num_drafts).sum(1)
         canvas = input_ids.scatter(1, positions.to(input_ids.device), drafted).tolist()
-        padding = (self.canvas_mask == 0).sum(1).tolist()
+        padding = self.padding.tolist()
         rows = [row[pads:end] for row, pads, end in zip(canvas, padding, stop.tolist(), strict=True)]
-        first = [start - pads for start, pads in zip(frontier.tolist(), padding, strict=True)]
-        refused = self.text_reader.judge(rows, first, self._accept)
-        accepted = [
-            [position - pads not in one for position in row]
-            for row, pads, one in zip(positions.tolist(), padding, refused, strict=True)
-        ]
-        return torch.tensor(accepted, device=input_ids.device)
+        accepted = self.text_reader.judge(rows, (frontier - self.padding).tolist(), self._accept)
+        in_row = (positions - self.padding[:, None]).tolist()
+        passed = [[position in one for position in row] for row, one in zip(in_row, accepted, strict=True)]
+        return torch.tensor(passed, device=input_ids.device)
 
     def _text_reader(self, diffusion_model) -> TextReader:
         ends = self._end_ids(diffusion_model) | {self.canvas_tokenizer.eos_token_id} - {None}
-        self.guider_ends = sorted(self._end_ids(self.model) | {self.tokenizer.eos_token_id} - {None})
+        guider_ends = sorted(self._end_ids(self.model) | {self.tokenizer.eos_token_id} - {None})
+        self.guider_ends = torch.tensor(guider_ends, device=self.model.device, dtype=torch.long)
         end = self.tokenizer.eos_token_id
         alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends, end)
         return TextReader(self.model, alignment, len(self.rows))
@@ -352,8 +195,8 @@ class ARGuider(ARReader):
         """Whether tokens of shape `(...)` pass the acceptance rule, given the logits `(..., vocab_size)` for them."""
         known = ids < logits.shape[-1]  # a vocabulary may be padded to another size
         score = logits.gather(-1, ids.clamp_max(logits.shape[-1] - 1)[..., None])
-        if self.reads_text:  # any end token of the guider's stands for its end
-            is_end = torch.isin(ids, torch.tensor(self.guider_ends, device=ids.device))[..., None]
+        if self.reads_text and len(self.guider_ends):  # any end token of the guider's stands for its end
+            is_end = torch.isin(ids, self.guider_ends)[..., None]
             score = torch.where(is_end, logits[..., self.guider_ends].amax(-1, keepdim=True), score)
         better = (logits > score).sum(-1)
         return known & (better < self.top_k) & (score.squeeze(-1) - logits.amax(-1) >= self.log_threshold)
@@ -385,38 +228,6 @@ def _same_vocabulary(left, right) -> bool:
     shared = left.keys() & right.keys()
     few = max(len(left), len(right)) // 100
     return max(len(left), len(right)) - len(shared) <= few and all(left[token] == right[token] for token in shared)
-
-
-class Gate:
-    r"""
-    Decides in each row whether asking the guider pays: after `TRIAL` steps with it and as many without, it goes on
-    asking if (tokens per step with) / (1 + cost ratio) is above (tokens per step without).
-
-    Args:
-        num_rows (`int`): Rows of the batch.
-        cost_ratio (`float`): Cost of a guider's forward over one of the diffusion model.
-    """
-
-    TRIAL = 4
-
-    def __init__(self, num_rows: int, cost_ratio: float):
-        self.cost_ratio = cost_ratio
-        self.steps = torch.zeros(num_rows, dtype=torch.long)
-        self.masked = torch.zeros(num_rows, 2, dtype=torch.long)  # masks left when each phase of the trial began
-        self.closed_at = torch.full((num_rows,), -1)
-
-    def ask(self, rows: torch.LongTensor, masked: torch.LongTensor) -> torch.BoolTensor:
-        """Whether to ask in this step, for the rows `rows` of the batch, which have `masked` masks left."""
-        step = self.steps[rows]
-        for phase in range(2):
-            begins = step == phase * self.TRIAL
-            self.masked[rows[begins], phase] = masked[begins]
-        with_guider, without = self.masked[rows, 0] - self.masked[rows, 1], self.masked[rows, 1] - masked
-        closes = (step == 2 * self.TRIAL) & (with_guider <= without * (1 + self.cost_ratio))
-        self.closed_at[rows[closes]] = step[closes]
-        self.steps[rows] += 1
-        trial_without = (step >= self.TRIAL) & (step < 2 * self.TRIAL)
-        return ~trial_without & (self.closed_at[rows] < 0)
 
 
 class ProductMixture(ARReader):

@@ -1,0 +1,309 @@
+"""Reading a canvas through an autoregressive model.
+
+Owns that model's forward, its cache and what the cache holds, by the canvas's own ids or as text. Knows nothing of
+acceptance rules, of how drafts are chosen, or of the diffusion model.
+"""
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from .alignment import Alignment
+from .compiling import Forward
+
+
+PADDING = 256  # two models with one tokenizer may round the size of its vocabulary up differently
+
+
+def start_cache(model) -> DynamicCache:
+    r"""
+    An empty cache for `model` that can be cropped to any length.
+
+    Layers with a sliding window keep all their states as well: the attention mask hides what is outside the window,
+    while a layer that had dropped it would lack it after a crop.
+
+    Raises:
+        ValueError: If the model has no such cache.
+    """
+    if isinstance(model, PreTrainedModel):  # a wrapper, of an adapter say, hands on what it is given
+        accepted = inspect.signature(model.forward).parameters
+        missing = [f"`{name}`" for name in ("past_key_values", "logits_to_keep") if name not in accepted]
+        if missing and not model._is_stateful:
+            raise ValueError(
+                f"`guider` must take {' and '.join(missing)} in its forward, which {type(model).__name__} does not: "
+                "choose another model."
+            )
+    cache = DynamicCache(config=model.config)
+    if getattr(model, "_is_stateful", False) or not cache.is_croppable:
+        raise ValueError(
+            f"`guider` must attend to its tokens in every layer, got {type(model).__name__}, whose recurrent states "
+            "cannot be taken back when a draft is refused: choose another model."
+        )
+    cache.layers = [DynamicLayer() if type(one) is DynamicSlidingWindowLayer else one for one in cache.layers]
+    return cache
+
+
+def check_length(model, length: int) -> None:
+    """Refuse more tokens than the model has positions for."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length > longest:
+        raise ValueError(
+            f"`guider` must have positions for the {length} tokens that it reads, got a model of {longest}: shorten "
+            "`max_new_tokens` or the prompt."
+        )
+
+
+class ARReader(LogitsProcessor):
+    """
+    Reads a canvas with drafts in place of its masks through an autoregressive model with a K/V cache.
+
+    Abstract: [`ARGuider`] judges the drafts by what it reads, [`ProductMixture`] mixes it with the scores. Its cache
+    holds the states of the prefix that was clean at the last call, and nothing else: drafts are read anew each time.
+    """
+
+    reads_canvas = True  # called with the canvas and (B, N, V) scores, not position by position
+    reads_text = False  # whether through a [`TextReader`]
+
+    def __init__(self, model, num_drafts: int):
+        if not isinstance(num_drafts, int) or num_drafts < 1:
+            raise ValueError(f"`num_drafts` must be a positive integer, got {num_drafts!r}.")
+        self.model = model
+        self.num_drafts = num_drafts
+
+    @property
+    def lookahead(self) -> int | None:
+        """Positions from the frontier on that a step has to score; `None` for those of the block."""
+        return self.num_drafts
+
+    @property
+    def shares_vocabulary(self) -> bool:
+        """Whether it is known to, so that the sizes may differ by padding, or need not."""
+        return False
+
+    def reset(
+        self,
+        diffusion_model,
+        canvas_mask: torch.LongTensor,
+        mask_token_id: int,
+        temperature=None,
+        generator=None,
+        compile_config=None,
+    ) -> None:
+        r"""
+        Forget the last call; called at the start of every `generate`.
+
+        Args:
+            diffusion_model (`PreTrainedModel`): The model whose drafts are read.
+            canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas is padding.
+            mask_token_id (`int`): The diffusion model's mask token.
+            temperature (`float`, *optional*): Draw the drafts, from scores divided by this, instead of taking the
+                most likely tokens.
+            generator (`torch.Generator`, *optional*): Source of randomness when drawing.
+            compile_config (`CompileConfig`, *optional*): Compile the forward, for shapes of any size.
+
+        Raises:
+            ValueError: If the guider has another vocabulary, too few positions, or no cache that can be cropped.
+        """
+        vocab_size = diffusion_model.config.get_text_config().vocab_size
+        self.vocab_size = self.model.config.get_text_config().vocab_size
+        if abs(self.vocab_size - vocab_size) > min(PADDING, vocab_size // 100) and not self.shares_vocabulary:
+            raise ValueError(
+                f"`guider` must share the diffusion model's vocabulary of {vocab_size} tokens, got one of "
+                f"{self.vocab_size}: pass both tokenizers, `ARGuider(model, tokenizer=..., canvas_tokenizer=...)`."
+            )
+        self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
+        if not self.reads_text:
+            check_length(self.model, int(canvas_mask.sum(1).max()))
+        self.canvas_mask = canvas_mask.to(self.model.device)
+        self.is_padded = not bool(canvas_mask.all())
+        self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
+        if compile_config is not None:  # what it reads grows: no captured graph would be used twice
+            compile_config = replace(compile_config, dynamic=True, mode=None)
+        self.forward = Forward(self.model, compile_config)
+        self.cache = start_cache(self.model)
+        self.committed = 0  # length of the clean prefix that all rows shared at the last call
+        self.rows = torch.arange(len(canvas_mask))
+        self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
+        self.unchanged = []  # of each call, on the device: whether it found them on the canvas
+        self.forwards = torch.zeros(len(canvas_mask), dtype=torch.long)
+        self.seconds = 0.0
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` (on the CPU) of the batch."""
+        rows = indices.to(self.canvas_mask.device)
+        self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
+        self.seen = self.seen[rows]
+        if self.cache.is_initialized:
+            self.cache.batch_select_indices(rows)
+        self.rows = self.rows[indices]
+
+    def __call__(
+        self,
+        input_ids: torch.LongTensor,
+        scores: torch.Tensor,
+        positions: torch.LongTensor,
+        frontier: torch.LongTensor,
+        candidate: torch.BoolTensor | None = None,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, canvas_length)`): The canvas, masks included.
+            scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Scores of the diffusion model.
+            positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
+                Consecutive canvas positions that the scores belong to, on the CPU.
+            frontier (`torch.LongTensor` of shape `(batch_size,)`): First masked position of each row, on the CPU.
+            candidate (`torch.BoolTensor` of shape `(batch_size, num_positions)`, *optional*):
+                Which positions may be written, on the CPU; by default the masked ones.
+
+        Returns:
+            `torch.Tensor`: Scores of the same shape.
+        """
+        started = time.perf_counter()
+        if candidate is None:
+            candidate = (input_ids.gather(1, positions.to(input_ids.device)) == self.mask_token_id).cpu()
+        scores = self._process(input_ids, scores, positions, frontier, candidate)
+        self.seconds += time.perf_counter() - started
+        return scores
+
+    def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
+        raise NotImplementedError
+
+    def _read(self, input_ids, drafts, positions, frontier, asked=slice(None)) -> torch.Tensor:
+        """
+        Logits of the autoregressive model that score `positions`, `(B, N, V)`, on the device of the scores. The
+        forward counts for the rows `asked`, a bool per row.
+        """
+        on_canvas = positions.to(input_ids.device)
+        current = input_ids.gather(1, on_canvas)
+        drafted = torch.where(current == self.mask_token_id, drafts, current)
+        canvas = input_ids.scatter(1, on_canvas, drafted).to(self.canvas_mask.device)
+        canvas = canvas.clamp_max(self.vocab_size - 1)  # what the guider does not know it cannot accept
+        start = max(self.committed - 1, 0)
+        stop = max(int(positions.max()), start + 1)
+        if int(frontier.min()) < self.committed:
+            raise RuntimeError(
+                f"`frontier` must not move back from one call to the next, got {int(frontier.min())} after "
+                f"{self.committed}: `reset` the guider before another canvas."
+            )
+        self.unchanged.append((self.seen[:, :start] == canvas[:, :start]).all())
+        self.cache.crop(min(start - self.cache.get_seq_length(), 0))
+        first = max(int(positions.min()) - 1 - start, 0)
+        logits = self.forward(
+            input_ids=canvas[:, start:stop],
+            attention_mask=self.canvas_mask[:, :stop] if self.is_padded else None,
+            position_ids=self.position_ids[:, start:stop],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=stop - start - first,
+        ).logits
+        self.committed = int(frontier.min())
+        self.seen = canvas[:, : self.committed]
+        self.forwards[self.rows[asked]] += 1
+        slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
+        return logits[torch.arange(len(slots), device=logits.device)[:, None], slots].to(input_ids.device)
+
+    def statistics(self, total_seconds: float) -> dict:
+        """
+        Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`].
+
+        Raises:
+            RuntimeError: If the canvas was changed behind the guider's back; waits for the device, as a step does not.
+        """
+        if self.unchanged and not torch.stack(self.unchanged).all():
+            raise RuntimeError(
+                "The canvas left of the frontier has changed between two calls: `reset` the guider before another one."
+            )
+        return {"guider_forwards": self.forwards, "guider_time_share": self.seconds / total_seconds}
+
+
+class TextReader:
+    r"""
+    Judges canvas tokens with a model that reads them as text.
+
+    Its cache holds the ids that each row was read as; a row is read on from where they begin to differ, the batch from
+    the first such place.
+
+    Args:
+        model (`PreTrainedModel`): The guider.
+        alignment ([`Alignment`]): The way between the vocabularies.
+        num_rows (`int`): Rows of the batch.
+
+    Raises:
+        ValueError: If the model has no cache that can be cropped.
+    """
+
+    def __init__(self, model, alignment: Alignment, num_rows: int):
+        self.model, self.alignment = model, alignment
+        self.cache = start_cache(model)
+        self.seen: list[list[int]] = [[] for _ in range(num_rows)]
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        self.seen = [self.seen[index] for index in indices.tolist()]
+        self.cache.batch_select_indices(indices.to(self.model.device))
+
+    def judge(self, rows: list[list[int]], first: list[int], rule: Callable) -> list[set[int]]:
+        """
+        Positions of each row, from `first` on, that the rule accepts: all of their text is in accepted tokens, and
+        there is some.
+
+        Args:
+            rows (`list[list[int]]`): Canvas ids of each row, drafts included, without padding.
+            first (`list[int]`): Position in each row of the first draft.
+            rule (`Callable`): `(logits (B, n, vocab_size), ids (B, n)) -> accepted (B, n)`.
+
+        Raises:
+            ValueError: If the text has more tokens than the model has positions.
+        """
+        read = [self.alignment.translate(row) for row in rows]
+        # The first guider token that holds text of a draft; nothing stands before the very first that could score it.
+        begins = [
+            max(next((k for k, (_, last) in enumerate(one.spans) if last >= start), len(one.ids)), 1)
+            for one, start in zip(read, first, strict=True)
+        ]
+        longest = max(len(one.ids) for one in read)
+        if longest <= min(begins):
+            return [set() for _ in rows]
+        check_length(self.model, longest)
+        verdicts = self._judge([one.ids for one in read], begins, longest, rule)
+        accepted = []
+        for one, begin, start, row, verdict in zip(read, begins, first, rows, verdicts, strict=True):
+            judged = list(zip(one.spans[begin:], verdict, strict=False))  # a shorter row has verdicts of its filling
+            passed, refused = (
+                {position for span, verdict in judged if verdict == kind for position in range(span[0], span[1] + 1)}
+                for kind in (True, False)
+            )
+            unread = {position for low, high in one.spans[:begin] for position in range(low, high + 1)}
+            accepted.append((passed - refused - unread) & set(range(start, len(row))))
+        return accepted
+
+    def _judge(self, ids: list[list[int]], begins: list[int], longest: int, rule: Callable) -> list[list[bool]]:
+        """What the rule says of each row's ids from where it begins on; the one transfer from the device."""
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # nothing real stands behind it
+        known = [_common_prefix(seen, row) for seen, row in zip(self.seen, ids, strict=True)]
+        start = min(min(begins) - 1, *known)
+        kept = min(begins) - 1
+        device = self.model.device
+        self.cache.crop(min(start - self.cache.get_seq_length(), 0))
+        logits = self.model(
+            input_ids=padded[:, start:].to(device),
+            position_ids=torch.arange(start, longest, device=device)[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=longest - kept,
+        ).logits
+        self.seen = ids
+        judged = torch.tensor(begins)[:, None] + torch.arange(longest - min(begins))
+        judged = judged.clamp_max(longest - 1)
+        scores = logits[torch.arange(len(ids), device=device)[:, None], (judged - 1 - kept).to(device)]
+        return rule(scores, padded.gather(1, judged).to(device)).tolist()
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    length = min(len(left), len(right))
+    return next((index for index in range(length) if left[index] != right[index]), length)
