@@ -12,9 +12,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import hf_flashdlm  # noqa: F401  registers the models
+from hf_flashdlm import ARGuider
 from hf_flashdlm.denoising import DenoisingState
 
 
@@ -52,9 +52,41 @@ def left_padded():
     return left_padded
 
 
+def check_guidance(output, guider):
+    """What the statistics of any guided decode must satisfy."""
+    lengths, judged, accepted = output.accepted_lengths, output.drafts_judged, output.drafts_accepted
+    asked = torch.tensor([len(row) for row in lengths])
+    assert accepted.tolist() == [sum(row) for row in lengths]
+    assert output.guider_forwards.tolist() == asked.tolist()
+    assert (accepted <= judged).all() and (judged <= asked * guider.num_drafts).all()
+    assert all(0 <= length <= guider.num_drafts for row in lengths for length in row)
+    assert 0 < output.guider_time_share < 1
+    if guider.gate is None:
+        assert output.gate_closed_at is None
+        assert asked.tolist() == output.nfe.tolist(), "every step asks"
+    else:
+        closed = output.gate_closed_at
+        assert ((closed == -1) | (asked <= closed)).all() and (asked <= output.nfe).all()
+    if guider.gate is None and not guider.beyond_prefix:
+        # A token is written because it is accepted, or because it is the first of a step that accepts none.
+        forced = torch.tensor([row.count(0) for row in lengths])
+        assert (accepted + forced >= output.tokens_per_forward * output.nfe - 1e-3).all()
+
+
+@pytest.fixture(scope="session")
+def checked():
+    """`checked(output, guider)` is the output, whose statistics add up."""
+
+    def checked(output, guider):
+        check_guidance(output, guider)
+        return output
+
+    return checked
+
+
 @pytest.fixture(scope="session")
 def decode(left_padded):
-    """`decode(model, prompts, **options)`: the output of `generate`, and each forward."""
+    """`decode(model, prompts, **options)`: the output of `generate`, and each forward; guided ones are `checked`."""
 
     def decode(model, prompts, **options):
         input_ids, attention_mask = left_padded(prompts)
@@ -64,6 +96,11 @@ def decode(left_padded):
             output = model.generate(input_ids, attention_mask=attention_mask, return_dict_in_generate=True, **options)
         finally:
             hook.remove()
+        guider = options.get("guider")
+        if isinstance(guider, PreTrainedModel):
+            guider = ARGuider(guider)
+        if isinstance(guider, ARGuider):
+            check_guidance(output, guider)
         object.__setattr__(output, "forwards", forwards)
         return output
 

@@ -360,7 +360,7 @@ def is_guided_right(case):
 
 
 @parametrize("flash_dream_guided", keep=is_guided_right)
-def test_flash_dream_guided(decode, load, case):
+def test_flash_dream_guided(decode, load, checked, case):
     settings = case["settings"]
     num_new = settings["max_new_tokens"]
     guider = ARGuider(
@@ -376,6 +376,7 @@ def test_flash_dream_guided(decode, load, case):
     # The original fills the canvas behind the end with end tokens; we cut it.
     assert case["output_ids"][0] == ids + [settings["eos_token_id"]] * (len(case["output_ids"][0]) - len(ids))
     assert run.forwards == case["forwards"]
+    checked(run.output, guider)
     assert run.output.accepted_lengths == [case["accepted_per_step"]]
     assert run.output.nfe.tolist() == [case["diffusion_steps"]]
 

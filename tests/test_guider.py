@@ -254,6 +254,46 @@ def test_guided_sampling_depends_on_the_seed_alone(tiny, decode, guider):
     assert outputs[0] != outputs[2]
 
 
+@pytest.mark.parametrize("accepts", [True, False])
+def test_the_first_token_of_a_step_is_drawn_from_the_diffusion_model(tiny, decode, decided, accepts):
+    model, temperature, num_rows = tiny("dream_trained"), 0.7, 1500
+    prompt = PROMPTS[0]
+    canvas = torch.tensor([prompt + [MASK] * 2])
+    with torch.no_grad():
+        scores = model(canvas).logits[0, len(prompt) - 1 : -1]  # of this model a position is scored by the one before
+    scores[:, MASK] = -math.inf
+    law = (scores / temperature).softmax(-1)
+    sampling = dict(do_sample=True, top_k=0, temperature=temperature, generator=torch.Generator().manual_seed(0))
+    options = FILLED | sampling | dict(max_new_tokens=2, block_length=2)
+    judge = decided(always if accepts else never)
+    output = decode(model, [prompt] * num_rows, guider=judge, window_policy="none", **options)
+    assert output.nfe.tolist() == [1 if accepts else 2] * num_rows
+    # Where both are written in one step they are independent.
+    for index in range(2 if accepts else 1):
+        drawn = output.sequences[:, len(prompt) + index].bincount(minlength=V) / num_rows
+        deviation = (law[index] * (1 - law[index]) / num_rows).sqrt()
+        assert ((drawn - law[index]).abs() <= 5 * deviation + 2 / num_rows).all()
+        assert (drawn > 0).sum() > 3
+    if accepts:
+        best = law.argmax(-1)
+        both = (output.sequences[:, -2:] == best).all(1).float().mean()
+        assert both == pytest.approx(float(law.amax(-1).prod()), abs=0.05)
+
+
+def test_a_draft_behind_the_first_keeps_its_law_on_condition_that_it_is_accepted(tiny, decode, decided):
+    judge = decided(lambda drafts: drafts % 2 == 0)
+    options = FILLED | dict(
+        do_sample=True, top_k=0, temperature=1.0, max_new_tokens=2, block_length=2, window_policy="none"
+    )
+    generator = torch.Generator().manual_seed(0)
+    output = decode(tiny("dream_trained"), [PROMPTS[0]] * 300, guider=judge, generator=generator, **options)
+    for (first, second), lengths in zip(output.sequences[:, -2:].tolist(), output.accepted_lengths, strict=True):
+        if lengths == [2]:
+            assert first % 2 == second % 2 == 0
+        else:
+            assert lengths[0] == 1 - first % 2
+
+
 def test_a_bare_model_is_a_guider_of_the_default_rule(tiny, decode, guider):
     bare, wrapped = (
         decode(tiny("dream_trained"), PROMPTS, guider=one, **FILLED) for one in (tiny("guider"), guider())
@@ -395,6 +435,71 @@ def test_the_statistics_add_up(tiny, decode, decided, policy, seed):
     assert (output.drafts_judged >= output.drafts_accepted).all()
     assert all(0 <= length <= 6 for lengths in output.accepted_lengths for length in lengths)
     assert 0 < output.guider_time_share < 1
+
+
+# --- transfers -------------------------------------------------------------------------------------------------------
+
+
+class OnDevice(torch.Tensor):
+    """
+    A tensor that counts as being on a device, as does all that is computed from it, until a transfer; it notes each.
+    """
+
+    transfers = []
+    WAITING = {"cpu", "item", "tolist", "numpy", "__bool__", "__int__", "__float__", "__index__", "nonzero", "unique"}
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name = function.__name__
+        by_mask = name == "__getitem__" and any(
+            torch.is_tensor(one) and one.dtype == torch.bool and isinstance(one, OnDevice)
+            for one in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        result = super().__torch_function__(function, types, args, kwargs or {})
+        if name in cls.WAITING or by_mask:
+            cls.transfers.append(name)
+            return result.as_subclass(torch.Tensor) if torch.is_tensor(result) else result
+        return result
+
+
+class Watched(ARGuider):
+    """Believes to be on a device, and counts what it fetches from there in each step."""
+
+    def reset(self, diffusion_model, canvas_mask, *arguments, **options):
+        super().reset(diffusion_model, canvas_mask.as_subclass(OnDevice), *arguments, **options)
+        self.per_step = []
+
+    def __call__(self, input_ids, scores, **places):
+        OnDevice.transfers = []
+        result = super().__call__(input_ids.as_subclass(OnDevice), scores.as_subclass(OnDevice), **places)
+        self.per_step.append(list(OnDevice.transfers))
+        assert isinstance(result, OnDevice)
+        return result.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize(
+    "options", [dict(), dict(gate="auto"), dict(combine="union", beyond_prefix=True), dict(accept="topk")], ids=str
+)
+def test_a_step_fetches_nothing_from_the_device(tiny, decode, options):
+    judge = Watched(tiny("guider"), num_drafts=4, **options)
+    # Without padding: for a padded batch the host's own mask waits once, at the first forward.
+    decode(tiny("dream_trained"), [PROMPTS[0], PROMPTS[0][::-1]], guider=judge, **FILLED | dict(max_new_tokens=40))
+    assert len(judge.per_step) > 9
+    assert not any(judge.per_step), judge.per_step
+    OnDevice.transfers = []
+    judge.statistics(total_seconds=1.0)
+    assert len(OnDevice.transfers) == 2, "and all of it at the end: the counts, and whether the canvas was changed"
+
+
+def test_a_transfer_would_be_noticed(tiny, decode):
+    class Looking(Watched):
+        def _judge(self, input_ids, *arguments):
+            assert (input_ids >= 0).all()
+            return super()._judge(input_ids, *arguments)
+
+    judge = Looking(tiny("guider"))
+    decode(tiny("dream_trained"), [PROMPTS[0]], guider=judge, **FILLED)
+    assert set(map(tuple, judge.per_step)) == {("__bool__",)}
 
 
 # --- combination, beyond the prefix, gate ----------------------------------------------------------------------------

@@ -96,7 +96,7 @@ class Compared(ARGuider):
 
 
 def random_canvas(generator):
-    """Three rows of different prompts, one of them with a hole, and masks behind them, here and there a known token."""
+    """Three rows of different prompts, one with a hole, and masks behind them, here and there a known token."""
     canvas = torch.randint(2, MASK, (3, LENGTH), generator=generator)
     prompts = torch.randint(1, 10, (3,), generator=generator)
     padding = torch.randint(0, 3, (3,), generator=generator)
@@ -109,7 +109,7 @@ def random_canvas(generator):
 
 
 def live_through(guider, generator):
-    """A history as the loop would make it: what is accepted is written; rows leave when they are finished, or before."""
+    """A history as the loop makes it: what is accepted is written, rows leave when they are finished, or before."""
     canvas, mask = random_canvas(generator)
     guider.reset(SimpleNamespace(config=guider.model.config), mask, MASK)
     while len(canvas):
@@ -178,8 +178,8 @@ def test_a_model_without_a_cache_is_refused(tiny, decode):
 def test_a_canvas_longer_than_the_guider_has_positions_for_is_refused(tiny, decode):
     short = make("gpt2", GPT2 | dict(n_positions=8))
     message = (
-        "`guider` must have positions for the 9 tokens that it reads, got a model of 8: shorten `max_new_tokens` or the "
-        "prompt."
+        "`guider` must have positions for the 9 tokens that it reads, got a model of 8: shorten `max_new_tokens` or "
+        "the prompt."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         decode(tiny("dream_trained"), [[5, 70], [7]], max_new_tokens=7, guider=short)
