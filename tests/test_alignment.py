@@ -5,11 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import hf_flashdlm
 from hf_flashdlm import ARGuider
 from hf_flashdlm.alignment import Alignment
+from hf_flashdlm.reading import TextReader
 
 
 TINY = Path(hf_flashdlm.__file__).parent / "tiny"
@@ -77,17 +78,18 @@ def text_guider(pair, canvas_tokenizer):
     return guider
 
 
-def test_reading_text_equals_reading_ids_where_the_tokenizers_are_one(pair, canvas_tokenizer, text_guider):
+def test_reading_text_equals_reading_ids_where_the_tokenizers_are_one(pair, canvas_tokenizer, text_guider, checked):
     inputs = canvas_tokenizer(PROMPTS[0], return_tensors="pt")
     expected = pair[0].generate(**inputs, guider=ARGuider(pair[1], accept="top1"), return_dict_in_generate=True)
     output = pair[0].generate(**inputs, guider=text_guider, return_dict_in_generate=True)
     assert output.sequences.tolist() == expected.sequences.tolist()
-    assert output.guider_forwards.tolist() == output.nfe.tolist()
+    assert checked(output, text_guider).accepted_lengths == checked(expected, text_guider).accepted_lengths
 
 
-def test_rows_of_a_batch_are_read_as_alone(pair, canvas_tokenizer, text_guider):
+def test_rows_of_a_batch_are_read_as_alone(pair, canvas_tokenizer, text_guider, checked):
     inputs = canvas_tokenizer(PROMPTS, return_tensors="pt", padding=True)
     output = pair[0].generate(**inputs, guider=text_guider, return_dict_in_generate=True)
+    checked(output, text_guider)
     for row, prompt in enumerate(PROMPTS):
         alone = canvas_tokenizer(prompt, return_tensors="pt")
         single = pair[0].generate(**alone, guider=text_guider, return_dict_in_generate=True)
@@ -95,18 +97,107 @@ def test_rows_of_a_batch_are_read_as_alone(pair, canvas_tokenizer, text_guider):
         assert output.nfe[row] == single.nfe[0]
 
 
-def test_a_guider_of_bytes_ends_and_supplies_no_token(pair, canvas_tokenizer, byte_tokenizer):
+@pytest.fixture(scope="module")
+def byte_model(byte_tokenizer):
+    """A model of bytes, whose every second layer sees only the last few of them."""
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "gemma3_text",
         vocab_size=len(byte_tokenizer),
         hidden_size=32,
         intermediate_size=32,
-        num_hidden_layers=1,
+        num_hidden_layers=2,
         num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=16,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=None,
     )
-    guider = ARGuider(LlamaForCausalLM(config), tokenizer=byte_tokenizer, canvas_tokenizer=canvas_tokenizer)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+class Compared(TextReader):
+    """Compares what it accepts with a reader that has read nothing before, row by row."""
+
+    def judge(self, rows, first, rule):
+        accepted = super().judge(rows, first, rule)
+        for row, start, one in zip(rows, first, accepted, strict=True):
+            assert TextReader(self.model, self.alignment, 1).judge([row], [start], rule) == [one]
+            self.verdicts.append(len(one))
+        return accepted
+
+
+def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_tokenizer, byte_tokenizer, byte_model):
+    alignment = Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0)
+
+    def rule(logits, ids):
+        return (logits > logits.gather(-1, ids[..., None])).sum(-1) < 220
+
+    verdicts = []
+    for seed in range(40):
+        generator = torch.Generator().manual_seed(seed)
+        reader = Compared(byte_model, alignment, 3)
+        reader.verdicts = verdicts
+        # Drafts are drawn anew behind what is written, so that the text before them is split at other places.
+        written = [torch.randint(0, 512, (int(length),), generator=generator).tolist() for length in (1, 9, 4)]
+        for _ in range(6):
+            rows = [row + torch.randint(0, 512, (7,), generator=generator).tolist() for row in written]
+            reader.judge(rows, [len(row) for row in written], rule)
+            steps = torch.randint(1, 6, (len(rows),), generator=generator).tolist()
+            written = [row[: len(before) + step] for row, before, step in zip(rows, written, steps, strict=True)]
+            if float(torch.rand((), generator=generator)) < 0.1 and len(rows) > 1:
+                reader.batch_select_indices(torch.tensor([0, len(rows) - 1]))
+                written = [written[0], written[-1]]
+    assert len(verdicts) > 500 and 0 < sum(verdicts) < 7 * len(verdicts)
+
+
+def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
+    alignment = Alignment(canvas_tokenizer, byte_tokenizer, set(), None)
+    reader = TextReader(byte_model, alignment, 1)
+    row = canvas_tokenizer("Hana has 12").input_ids
+    special = len(row)  # an end token, which here has no counterpart
+    accept_all = lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)  # noqa: E731
+    assert reader.judge([[*row, 0, *row]], [special - 1], accept_all) == [
+        {special - 1, *range(special + 1, 2 * special + 1)}
+    ]
+    assert reader.judge([[0, 0]], [1], accept_all) == [set()], "a row of which it reads nothing"
+
+
+def test_what_nothing_stands_before_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
+    reader = TextReader(byte_model, Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    row = canvas_tokenizer(" 12").input_ids
+    assert len(row) == 2  # and one token of the guider's
+    assert reader.judge([row], [0], lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)) == [set()]
+
+
+def test_any_end_token_of_the_guider_stands_for_its_end(pair, canvas_tokenizer):
+    guider = ARGuider(pair[1], accept="top1", tokenizer=canvas_tokenizer, canvas_tokenizer=canvas_tokenizer)
+    guider.reads_text, guider.guider_ends = True, torch.tensor([0, 3])
+    logits = torch.tensor([[0.0, 1.0, 2.0, 5.0], [0.0, 1.0, 6.0, 5.0]])
+    assert guider._accept(logits, torch.tensor([0, 0])).tolist() == [True, False]
+    assert guider._accept(logits, torch.tensor([2, 2])).tolist() == [False, True]
+
+
+def test_a_text_longer_than_the_guider_has_positions_for_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
+    reader = TextReader(byte_model, Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader.model.config.max_position_embeddings, before = 8, reader.model.config.max_position_embeddings
+    try:
+        with pytest.raises(ValueError, match="^`guider` must have positions for the 12 tokens that it reads, got a"):
+            reader.judge([canvas_tokenizer("Hana has 3 4").input_ids], [2], lambda logits, ids: ids > 0)
+    finally:
+        reader.model.config.max_position_embeddings = before
+
+
+@pytest.mark.parametrize("gate", [None, "auto"])
+def test_a_guider_of_bytes_ends_and_supplies_no_token(
+    pair, canvas_tokenizer, byte_tokenizer, byte_model, checked, gate
+):
+    guider = ARGuider(byte_model, tokenizer=byte_tokenizer, canvas_tokenizer=canvas_tokenizer, gate=gate)
     assert guider.reads_text
     inputs = canvas_tokenizer(PROMPTS, return_tensors="pt", padding=True)
     output = pair[0].generate(**inputs, max_new_tokens=12, guider=guider, return_dict_in_generate=True)
     assert (output.sequences != pair[0].config.mask_token_id).all()
-    assert (output.drafts_accepted <= output.drafts_judged).all()
+    checked(output, guider)
