@@ -1,7 +1,8 @@
 """`flashdlm bench --ablate`: what each part contributes, on the embedded pair.
 
 Measures the rows of `ablation_table`, goes on where its file ends, and says which of them come within a point of the
-best plain order. Decoding is greedy: the counts and the accuracy of a row are the same in every run.
+best plain order. Decoding is greedy, so that the counts and the accuracy of a row are the same in every run. Only the
+rows of the group "sampling" draw: theirs are those of all seeds together, and the interval is over all runs.
 """
 
 import argparse
@@ -9,14 +10,19 @@ import hashlib
 import json
 import statistics
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from .ablation_table import settings
+from .ablation_table import Setting, settings
 from .demo import TINY
-from .measuring import Models, Recipe, Workload, format_table, problem_workload, run, write_json
+from .guider import ARGuider
+from .measuring import Models, Run, Workload, format_table, problem_workload, run, write_json
 from .prompting import Checkpoint
+
+
+APART = ("sampling", "guider alone")  # decided by chance, and without the diffusion model
 
 
 def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, note: Callable[[str], None]) -> dict:
@@ -38,14 +44,16 @@ def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, n
     known = read_rows(args.json)
     rest = {"shared": shared, "models": described, "rows": []}
     table = settings(shared["new_tokens"], shared["block_length"], list(models.guiders))
+    table = [one for one in table if not one.is_alone or can_decode(models, one.recipe.guider)]
     run(models, table[0].recipe, workload.start())  # warm-up
     for index, setting in enumerate(table, 1):
         recipe = setting.recipe
         guider = recipe.guider and described[recipe.guider]["weights_hash"]
-        key = key_of(shared | {"options": recipe.options, "guider": guider, "rule": recipe.rule})
+        identity = shared | {"options": recipe.options, "guider": guider, "rule": recipe.rule}
+        key = key_of(identity | ({"seeds": setting.seeds} if len(setting.seeds) > 1 else {}))
         if key not in known:
             note(f"{index} of {len(table)}: {setting.group}: {recipe.name}")
-            known[key] = measure_setting(models, recipe, workload, args.repeats or 1)
+            known[key] = measure_setting(models, setting, workload, args.repeats or 1)
             known[key] |= {"key": key, "commit": record["commit"]}
         rest["rows"].append(known[key] | setting.entry())
         written = {row["key"] for row in rest["rows"]}
@@ -74,6 +82,12 @@ def load(args: argparse.Namespace, device: torch.device, machine: dict) -> tuple
         "machine": [machine[name] for name in ("device", "processor", "threads")],
     }
     return Models.load(checkpoint, paths, device, dtype), workload, shared
+
+
+def can_decode(models: Models, guider: str) -> bool:
+    """Whether a guider can decode by itself: not where it would have to be given the prompts as text."""
+    both = {"tokenizer": models.tokenizers[guider], "canvas_tokenizer": models.checkpoint.tokenizer}
+    return not ARGuider(models.guiders[guider], **both).reads_text
 
 
 def weights_hash(model) -> str:
@@ -110,18 +124,31 @@ def read_rows(path: str | None) -> dict[str, dict]:
         raise ValueError(f"`--json` must be a new file or one of an ablation, got {path!r}.") from error
 
 
-def measure_setting(models: Models, recipe: Recipe, workload: Workload, repeats: int) -> dict:
-    """The figures of a row; `seconds` is the median of the runs."""
-    runs = [run(models, recipe, workload) for _ in range(repeats)]
-    seconds = [one.seconds for one in runs]
-    return runs[0].figures() | {"seconds": statistics.median(seconds), "seconds_of_runs": seconds}
+def measure_setting(models: Models, setting: Setting, workload: Workload, repeats: int) -> dict:
+    """The figures of a row, a run for each seed taken together; `seconds` is the median of all runs."""
+    runs = []
+    for seed in setting.seeds * repeats:
+        torch.manual_seed(seed)
+        runs.append(run(models, setting.recipe, workload))
+    figures, seconds = pooled(runs[: len(setting.seeds)]).figures(), [one.seconds for one in runs]
+    if setting.is_alone:  # the forwards that were counted are the guider's, a token each
+        figures |= {"nfe": 0.0, "active_tokens": 0.0, "tokens_per_forward": 1.0}
+        figures |= {"guider_forwards": figures["tokens"], "guider_time_share": 1.0}
+    return figures | {"seconds": statistics.median(seconds), "seconds_of_runs": seconds}
+
+
+def pooled(runs: list[Run]) -> Run:
+    """One run over what several went over; without their single forwards."""
+    names = [field.name for field in fields(Run) if field.name != "forwards"]
+    return Run(**{name: sum(getattr(one, name) for one in runs) for name in names})
 
 
 def verdict(rows: list[dict]) -> dict:
     """
     The best plain order, and of what comes within a point of it, with a guider and without, the rows of the fewest
-    forwards and of the least time; `None` where nothing does.
+    forwards and of the least time; `None` where nothing does. The groups in `APART` do not take part.
     """
+    rows = [row for row in rows if row["group"] not in APART]
     best = max((row for row in rows if row["is_plain"]), key=lambda row: (row["accuracy"], -row["nfe"]))
     close = [row for row in rows if row["accuracy"] >= best["accuracy"] - 0.01 - 1e-9]
     answer = {"best_plain": summary(best)}

@@ -1,12 +1,14 @@
 """The settings that `flashdlm bench --ablate` measures, a line each.
 
-Owns the parts of a decode, what is put together of them, and the values that are tried. Knows nothing of models, or of
-how a setting is measured.
+Owns the parts of a decode, what is put together of them, the values that are tried, and how a guider decodes by
+itself. Knows nothing of which models there are, or of how a setting is measured.
 """
 
 from dataclasses import dataclass
 
-from .measuring import Recipe
+import torch
+
+from .measuring import Models, Recipe
 
 
 # The parts, and what they ask of `generate` and of the guider.
@@ -73,23 +75,32 @@ UNGUIDED = {
     "Frechet 0.5": {"frechet_delta": 0.5},
     "entropy bound 0.1": {"entropy_bound": 0.1},
 }
+TEMPERATURES = (0.5, 1.0)
+SEEDS = (0, 1, 2)  # where tokens are drawn
+GUIDER_THRESHOLDS = (0.3, 0.5, 0.6)  # among them lies the best of each guider
 NUM_DRAFTS = (4, 8, 16, 32, 64)
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A row of the table: its `group`, and the `recipe` under the name it has there."""
+    """A row of the table: its `group`, the `recipe` under the name it has there, and the `seeds` of its runs."""
 
     group: str
     recipe: Recipe
+    seeds: tuple[int, ...] = (0,)
 
     def entry(self) -> dict:
         """Its part of a row. A plain order writes one token per forward and keeps no states."""
         options = self.recipe.options
         is_plain = "steps" in options and options["window_policy"] == "none"
-        names = {"group": self.group, "name": self.recipe.name, "is_plain": is_plain}
+        names = {"group": self.group, "name": self.recipe.name, "is_plain": is_plain, "seeds": list(self.seeds)}
         return names | {"options": options, "guider": self.recipe.guider, "rule": self.recipe.rule}
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether a guider decodes by itself."""
+        return self.recipe.loop is not None
 
 
 def combine(parts: str, block_length: int, new_tokens: int, guider: str) -> Recipe:
@@ -115,17 +126,30 @@ def settings(new_tokens: int, block_length: int, guiders: list[str]) -> list[Set
         guiders (`list[str]`): Names of the guiders; the first judges where their size is not the question.
     """
 
-    def setting(group: str, name: str, parts: str, options=None, rule=None, guider: str = guiders[0]) -> Setting:
+    def setting(group, name, parts, options=None, rule=None, *, guider: str = guiders[0], seeds=(0,)) -> Setting:
         recipe = combine(parts, block_length, new_tokens, guider)
         options, rule = recipe.options | (options or {}), recipe.rule | (rule or {})
-        return Setting(group, Recipe(name or recipe.name, options, recipe.guider, rule))
+        return Setting(group, Recipe(name or recipe.name, options, recipe.guider, rule), seeds)
 
     return [
         *(setting("parts", "", parts) for parts in COMBINATIONS),
         *(setting(*row) for row in block_rows(new_tokens)),
         *(setting(*row) for row in rule_rows()),
         *(setting(*row, guider=name) for name in guiders for row in size_rows(name)),
+        *(setting(*row, seeds=SEEDS) for row in sampling_rows()),
+        *(Setting("guider alone", Recipe(name, {}, name, loop=alone(name))) for name in guiders),
     ]
+
+
+def alone(guider: str):
+    """The loop of a guider that decodes by itself, one token per forward, with the host's own cache."""
+
+    def decode(models: Models, inputs: dict, options: dict) -> torch.LongTensor:
+        ends = {"eos_token_id": models.end_token_ids, "pad_token_id": models.checkpoint.tokenizer.pad_token_id}
+        length = options["max_new_tokens"]
+        return models.guiders[guider].generate(**inputs, **ends, max_new_tokens=length, do_sample=False)
+
+    return decode
 
 
 def block_rows(new_tokens: int):
@@ -172,6 +196,18 @@ def rule_rows():
 
 
 def size_rows(guider: str):
-    """Group, name and parts of the settings of one guider."""
+    """Group, name, parts, options and rule of the settings of one guider."""
     for parts in ("guider", "guider union", "guider intersection"):
         yield "guider size", f"{guider}: {parts.replace(' ', ' + ')}", f"EOS FreeCache {parts}"
+    for sure in GUIDER_THRESHOLDS:
+        name, rule = f"{guider}: both {sure}, window 32", {"confidence_threshold": sure}
+        yield "intersection", name, "EOS FreeCache guider intersection", {"right_window": 32}, rule
+
+
+def sampling_rows():
+    """Group, name, parts and options of the settings that draw."""
+    for temperature in TEMPERATURES:
+        drawn = {"do_sample": True, "temperature": temperature}
+        for parts in ("threshold", "guider", "guider intersection"):
+            name = f"{parts.replace(' ', ' + ')}, temperature {temperature}"
+            yield "sampling", name, f"EOS FreeCache {parts}", drawn

@@ -91,7 +91,8 @@ class Models:
                 both = {"tokenizer": self.tokenizers[recipe.guider], "canvas_tokenizer": self.checkpoint.tokenizer}
                 rule = rule | both
             options["guider"] = ARGuider(self.guiders[recipe.guider], **rule)
-        output = self.model.generate(**inputs, **options, do_sample=False, return_dict_in_generate=True)
+        options = {"do_sample": False} | options
+        output = self.model.generate(**inputs, **options, return_dict_in_generate=True)
         return output.sequences, output
 
 

@@ -37,7 +37,7 @@ def plot_bench(record: dict, path: Path) -> None:
 
 def plot_ablation(record: dict, folder: Path) -> None:
     """`pareto.png`, accuracy against NFE with a point for each setting, and `seconds.png`, bars of the parts."""
-    _plot_pareto(record["rows"], folder / "pareto.png")
+    _plot_pareto([row for row in record["rows"] if row["nfe"] > 0], folder / "pareto.png")  # no guider alone
     _plot_parts([row for row in record["rows"] if row["group"] == "parts"], folder / "seconds.png")
 
 

@@ -6,6 +6,9 @@ import json
 import pytest
 import reference
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from hf_flashdlm import ablation, benchmark, comparison, shapes
 from hf_flashdlm.ablation_table import COMBINATIONS, PARTS, settings
@@ -14,7 +17,8 @@ from hf_flashdlm.demo import TINY, binomial_interval
 from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
 from hf_flashdlm.machine import Ceilings, CostModel, Forward, Probe, commit, peak_memory
-from hf_flashdlm.measuring import Recipe, Run, format_table
+from hf_flashdlm.measuring import Models, Recipe, Run, format_table, problem_workload
+from hf_flashdlm.prompting import Checkpoint
 
 
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
@@ -129,12 +133,19 @@ def test_every_method_has_options_that_generate_takes():
 def test_every_row_of_the_ablation_has_options_that_generate_takes():
     table = settings(64, 8, ["small", "large"])
     for setting in table:
-        DiffusionOptions(**setting.recipe.options).blocks(64)
+        options = setting.recipe.options
+        ours = {
+            name: options[name] for name in options.keys() - {"do_sample", "temperature"}
+        }  # the rest is the host's
+        DiffusionOptions(**ours).blocks(64)
         ARGuider(None, **setting.recipe.rule)
     names = [(setting.group, setting.recipe.name) for setting in table]
     assert len(set(names)) == len(names), "a row could not be told from another"
     assert {name for parts in COMBINATIONS for name in parts.split()} == set(PARTS)
-    assert {setting.recipe.guider for setting in table if setting.group == "guider size"} == {"small", "large"}
+    for group in ("guider size", "guider alone"):
+        assert {setting.recipe.guider for setting in table if setting.group == group} == {"small", "large"}
+    large = [one.recipe.name for one in table if one.group == "intersection" and one.recipe.guider == "large"]
+    assert large == [f"large: both {sure}, window 32" for sure in (0.3, 0.5, 0.6)]
     assert [setting.recipe.options["block_length"] for setting in table if setting.group == "plain order"] == [
         1, 2, 4, 8, 16, 64
     ]  # fmt: skip
@@ -168,6 +179,58 @@ def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, c
     assert len(second["earlier"]) == 3, "rows of other settings stay in the file"
 
 
+def test_rows_that_draw_are_over_all_seeds_and_a_guider_alone_needs_no_model(bench, tmp_path, monkeypatch):
+    table = settings(8, 8, ["guider"])
+    short = [one for one in table if one.recipe.name in ("plain", "guider, temperature 1.0", "guider")]
+    short = [one for one in short if one.group in ("parts", "sampling", "guider alone")]
+    assert [one.seeds for one in short] == [(0,), (0,), (0, 1, 2), (0,)]
+    monkeypatch.setattr(ablation, "settings", lambda *_: short)
+    runs, run = [], ablation.run
+
+    def noted(models, recipe, workload):
+        runs.append(run(models, recipe, workload))
+        return runs[-1]
+
+    monkeypatch.setattr(ablation, "run", noted)
+    path = tmp_path / "ablation.json"
+    arguments = ["--ablate", "--problems", "3", "--new-tokens", "8", "--json", str(path), "--device", "cpu"]
+    bench(*arguments)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["seeds"] for row in rows] == [[0], [0], [0, 1, 2], [0]]
+    drawn, of_seeds = rows[2], runs[3:6]  # behind the warm-up and a run of each row before
+    assert drawn["num_rows"] == 9 and drawn["seconds_of_runs"] == [one.seconds for one in of_seeds]
+    for name in ("nfe", "tokens", "drafts_judged", "drafts_accepted"):
+        assert drawn[name] == sum(getattr(one, name) for one in of_seeds) / 9
+    assert drawn["accuracy_interval"] == list(binomial_interval(sum(one.correct for one in of_seeds), 9))
+    alone = rows[3]
+    assert alone["group"] == "guider alone" and alone["nfe"] == alone["active_tokens"] == 0
+    assert 1 <= alone["guider_forwards"] == alone["tokens"] <= 8
+    again = len(runs)
+    bench(*arguments)
+    assert json.loads(path.read_text())["rows"] == rows and len(runs) == again + 1, "the warm-up alone"
+
+
+def test_a_seed_decides_what_is_drawn_and_a_guider_alone_is_the_hosts_greedy_decode():
+    checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
+    models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, torch.device("cpu"), "float32")
+    workload = problem_workload(checkpoint, 2, 2, 0, {"max_new_tokens": 24})
+    table = {(one.group, one.recipe.name): one for one in settings(24, 8, ["guider"])}
+    recipe = table["sampling", "threshold, temperature 1.0"].recipe
+    texts = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        texts.append(models.decode(recipe, workload.batches[0], workload.options)[0].tolist())
+    assert texts[0] == texts[1] != texts[2]
+    alone = table["guider alone", "guider"].recipe
+    ids, _ = models.decode(alone, workload.batches[0], workload.options)
+    expected = models.guiders["guider"].generate(**workload.batches[0], max_new_tokens=24, do_sample=False)
+    assert ids.tolist() == expected.tolist()
+    assert ablation.can_decode(models, "guider")
+    alphabet = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    models.tokenizers["guider"] = PreTrainedTokenizerFast(tokenizer_object=alphabet)
+    assert not ablation.can_decode(models, "guider")
+
+
 def test_the_plots_are_written(bench, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -199,6 +262,8 @@ def test_the_verdict_names_what_comes_within_a_point():
         row("quick", 0.98, 12, 3),
         row("wrong", 0.96, 2, 1),
         row("guided", 0.97, 5, 2, guider="a"),
+        row("lucky", 0.99, 1, 1) | {"group": "sampling"},
+        row("alone", 0.99, 0, 1, guider="a") | {"group": "guider alone"},
     ]
     verdict = ablation.verdict(rows)
     assert {name: one["name"] for name, one in verdict.items()} == {
@@ -208,7 +273,7 @@ def test_the_verdict_names_what_comes_within_a_point():
         "guided_nfe": "guided",
         "guided_seconds": "guided",
     }
-    assert ablation.verdict(rows[:-1])["guided_nfe"] is None
+    assert ablation.verdict(rows[:5])["guided_nfe"] is None
 
 
 def test_the_interval_is_wilsons():
