@@ -4,9 +4,13 @@ Owns the way from the diffusion model's ids to text, to the guider's ids, and ba
 with special tokens mapped one by one. Knows nothing of acceptance rules or of how drafts are chosen.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+
+from .compiling import Forward
+from .reading import check_length, start_cache
 
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished character decodes to
@@ -95,3 +99,91 @@ class Alignment:
                 return lengths
         # Pieces that are no whole characters, or change beside each other: read the text as it grows.
         return [len(decode(ids[: stop + 1], clean_up_tokenization_spaces=False)) for stop in range(len(ids))]
+
+
+class TextReader:
+    r"""
+    Judges canvas tokens with a model that reads them as text.
+
+    Its cache holds the ids that each row was read as; a row is read on from where they begin to differ, the batch from
+    the first such place.
+
+    Args:
+        forward ([`Forward`]): The guider's.
+        alignment ([`Alignment`]): The way between the vocabularies.
+        num_rows (`int`): Rows of the batch.
+
+    Raises:
+        ValueError: If its model has no cache that can be cropped.
+    """
+
+    def __init__(self, forward: Forward, alignment: Alignment, num_rows: int):
+        self.forward, self.model, self.alignment = forward, forward.model, alignment
+        self.cache = start_cache(self.model)
+        self.seen: list[list[int]] = [[] for _ in range(num_rows)]
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` of the batch."""
+        self.seen = [self.seen[index] for index in indices.tolist()]
+        self.cache.batch_select_indices(indices.to(self.model.device))
+
+    def judge(self, rows: list[list[int]], first: list[int], rule: Callable) -> list[set[int]]:
+        """
+        Positions of each row, from `first` on, that the rule accepts: all of their text is in accepted tokens, and
+        there is some.
+
+        Args:
+            rows (`list[list[int]]`): Canvas ids of each row, drafts included, without padding.
+            first (`list[int]`): Position in each row of the first draft.
+            rule (`Callable`): `(logits (B, n, vocab_size), ids (B, n)) -> accepted (B, n)`.
+
+        Raises:
+            ValueError: If the text has more tokens than the model has positions.
+        """
+        read = [self.alignment.translate(row) for row in rows]
+        # The first guider token that holds text of a draft; nothing stands before the very first that could score it.
+        begins = [
+            max(next((k for k, (_, last) in enumerate(one.spans) if last >= start), len(one.ids)), 1)
+            for one, start in zip(read, first, strict=True)
+        ]
+        longest = max(len(one.ids) for one in read)
+        if longest <= min(begins):
+            return [set() for _ in rows]
+        check_length(self.model, longest)
+        verdicts = self._judge([one.ids for one in read], begins, longest, rule)
+        accepted = []
+        for one, begin, start, row, verdict in zip(read, begins, first, rows, verdicts, strict=True):
+            judged = list(zip(one.spans[begin:], verdict, strict=False))  # a shorter row has verdicts of its filling
+            passed, refused = (
+                {position for span, verdict in judged if verdict == kind for position in range(span[0], span[1] + 1)}
+                for kind in (True, False)
+            )
+            unread = {position for low, high in one.spans[:begin] for position in range(low, high + 1)}
+            accepted.append((passed - refused - unread) & set(range(start, len(row))))
+        return accepted
+
+    def _judge(self, ids: list[list[int]], begins: list[int], longest: int, rule: Callable) -> list[list[bool]]:
+        """What the rule says of each row's ids from where it begins on; the one transfer from the device."""
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # nothing real stands behind it
+        known = [_common_prefix(seen, row) for seen, row in zip(self.seen, ids, strict=True)]
+        start = min(min(begins) - 1, *known)
+        kept = min(begins) - 1
+        device = self.model.device
+        self.cache.crop(min(start - self.cache.get_seq_length(), 0))
+        logits = self.forward(
+            input_ids=padded[:, start:].to(device),
+            position_ids=torch.arange(start, longest, device=device)[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=longest - kept,
+        ).logits
+        self.seen = ids
+        judged = torch.tensor(begins)[:, None] + torch.arange(longest - min(begins))
+        judged = judged.clamp_max(longest - 1)
+        scores = logits[torch.arange(len(ids), device=device)[:, None], (judged - 1 - kept).to(device)]
+        return rule(scores, padded.gather(1, judged).to(device)).tolist()
+
+
+def _common_prefix(left: list[int], right: list[int]) -> int:
+    length = min(len(left), len(right))
+    return next((index for index in range(length) if left[index] != right[index]), length)

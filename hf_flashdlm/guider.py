@@ -8,9 +8,9 @@ import math
 
 import torch
 
-from .alignment import Alignment
+from .alignment import Alignment, TextReader
 from .gate import Gate
-from .reading import ARReader, TextReader
+from .reading import ARReader
 from .unmasking import draft
 
 
@@ -167,10 +167,8 @@ class ARGuider(ARReader):
         if self.text_reader is None:
             return self._accept(self._read(input_ids, drafts, positions, frontier, asked), drafts)
         self.forwards[self.rows[asked]] += 1
-        current = input_ids.gather(1, positions.to(input_ids.device))
-        drafted = torch.where(current == self.mask_token_id, drafts, current)
         stop = positions[:, 0] + (positions < frontier[:, None] + self.num_drafts).sum(1)
-        canvas = input_ids.scatter(1, positions.to(input_ids.device), drafted).tolist()
+        canvas = self._fill(input_ids, drafts, positions).tolist()
         padding = self.padding.tolist()
         rows = [row[pads:end] for row, pads, end in zip(canvas, padding, stop.tolist(), strict=True)]
         accepted = self.text_reader.judge(rows, (frontier - self.padding).tolist(), self._accept)
@@ -184,7 +182,7 @@ class ARGuider(ARReader):
         self.guider_ends = torch.tensor(guider_ends, device=self.model.device, dtype=torch.long)
         end = self.tokenizer.eos_token_id
         alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends, end)
-        return TextReader(self.model, alignment, len(self.rows))
+        return TextReader(self.forward, alignment, len(self.rows))
 
     @staticmethod
     def _end_ids(model) -> set[int]:

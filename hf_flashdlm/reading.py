@@ -1,19 +1,17 @@
 """Reading a canvas through an autoregressive model.
 
-Owns that model's forward, its cache and what the cache holds, by the canvas's own ids or as text. Knows nothing of
-acceptance rules, of how drafts are chosen, or of the diffusion model.
+Owns that model's forward, what is asked of it, its cache and what the cache holds. Knows nothing of acceptance rules,
+of how drafts are chosen, or of the diffusion model.
 """
 
 import inspect
 import time
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .alignment import Alignment
 from .compiling import Forward
 
 
@@ -28,7 +26,7 @@ def start_cache(model) -> DynamicCache:
     while a layer that had dropped it would lack it after a crop.
 
     Raises:
-        ValueError: If the model has no such cache.
+        ValueError: If the model has no such cache, or is not causal.
     """
     if isinstance(model, PreTrainedModel):  # a wrapper, of an adapter say, hands on what it is given
         accepted = inspect.signature(model.forward).parameters
@@ -38,6 +36,11 @@ def start_cache(model) -> DynamicCache:
                 f"`guider` must take {' and '.join(missing)} in its forward, which {type(model).__name__} does not: "
                 "choose another model."
             )
+    if not getattr(model.config.get_text_config(), "is_causal", True):
+        raise ValueError(
+            f"`guider` must be autoregressive, got {type(model).__name__}, which sees the drafts that it is to judge: "
+            "choose a causal language model."
+        )
     cache = DynamicCache(config=model.config)
     if getattr(model, "_is_stateful", False) or not cache.is_croppable:
         raise ValueError(
@@ -173,15 +176,18 @@ class ARReader(LogitsProcessor):
     def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
         raise NotImplementedError
 
+    def _fill(self, input_ids, drafts, positions) -> torch.LongTensor:
+        """The canvas with the drafts in place of its masks at `positions`."""
+        positions = positions.to(input_ids.device)
+        current = input_ids.gather(1, positions)
+        return input_ids.scatter(1, positions, torch.where(current == self.mask_token_id, drafts, current))
+
     def _read(self, input_ids, drafts, positions, frontier, asked=slice(None)) -> torch.Tensor:
         """
         Logits of the autoregressive model that score `positions`, `(B, N, V)`, on the device of the scores. The
         forward counts for the rows `asked`, a bool per row.
         """
-        on_canvas = positions.to(input_ids.device)
-        current = input_ids.gather(1, on_canvas)
-        drafted = torch.where(current == self.mask_token_id, drafts, current)
-        canvas = input_ids.scatter(1, on_canvas, drafted).to(self.canvas_mask.device)
+        canvas = self._fill(input_ids, drafts, positions).to(self.canvas_mask.device)
         canvas = canvas.clamp_max(self.vocab_size - 1)  # what the guider does not know it cannot accept
         start = max(self.committed - 1, 0)
         stop = max(int(positions.max()), start + 1)
@@ -219,91 +225,3 @@ class ARReader(LogitsProcessor):
                 "The canvas left of the frontier has changed between two calls: `reset` the guider before another one."
             )
         return {"guider_forwards": self.forwards, "guider_time_share": self.seconds / total_seconds}
-
-
-class TextReader:
-    r"""
-    Judges canvas tokens with a model that reads them as text.
-
-    Its cache holds the ids that each row was read as; a row is read on from where they begin to differ, the batch from
-    the first such place.
-
-    Args:
-        model (`PreTrainedModel`): The guider.
-        alignment ([`Alignment`]): The way between the vocabularies.
-        num_rows (`int`): Rows of the batch.
-
-    Raises:
-        ValueError: If the model has no cache that can be cropped.
-    """
-
-    def __init__(self, model, alignment: Alignment, num_rows: int):
-        self.model, self.alignment = model, alignment
-        self.cache = start_cache(model)
-        self.seen: list[list[int]] = [[] for _ in range(num_rows)]
-
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
-        """Keep the rows `indices` of the batch."""
-        self.seen = [self.seen[index] for index in indices.tolist()]
-        self.cache.batch_select_indices(indices.to(self.model.device))
-
-    def judge(self, rows: list[list[int]], first: list[int], rule: Callable) -> list[set[int]]:
-        """
-        Positions of each row, from `first` on, that the rule accepts: all of their text is in accepted tokens, and
-        there is some.
-
-        Args:
-            rows (`list[list[int]]`): Canvas ids of each row, drafts included, without padding.
-            first (`list[int]`): Position in each row of the first draft.
-            rule (`Callable`): `(logits (B, n, vocab_size), ids (B, n)) -> accepted (B, n)`.
-
-        Raises:
-            ValueError: If the text has more tokens than the model has positions.
-        """
-        read = [self.alignment.translate(row) for row in rows]
-        # The first guider token that holds text of a draft; nothing stands before the very first that could score it.
-        begins = [
-            max(next((k for k, (_, last) in enumerate(one.spans) if last >= start), len(one.ids)), 1)
-            for one, start in zip(read, first, strict=True)
-        ]
-        longest = max(len(one.ids) for one in read)
-        if longest <= min(begins):
-            return [set() for _ in rows]
-        check_length(self.model, longest)
-        verdicts = self._judge([one.ids for one in read], begins, longest, rule)
-        accepted = []
-        for one, begin, start, row, verdict in zip(read, begins, first, rows, verdicts, strict=True):
-            judged = list(zip(one.spans[begin:], verdict, strict=False))  # a shorter row has verdicts of its filling
-            passed, refused = (
-                {position for span, verdict in judged if verdict == kind for position in range(span[0], span[1] + 1)}
-                for kind in (True, False)
-            )
-            unread = {position for low, high in one.spans[:begin] for position in range(low, high + 1)}
-            accepted.append((passed - refused - unread) & set(range(start, len(row))))
-        return accepted
-
-    def _judge(self, ids: list[list[int]], begins: list[int], longest: int, rule: Callable) -> list[list[bool]]:
-        """What the rule says of each row's ids from where it begins on; the one transfer from the device."""
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # nothing real stands behind it
-        known = [_common_prefix(seen, row) for seen, row in zip(self.seen, ids, strict=True)]
-        start = min(min(begins) - 1, *known)
-        kept = min(begins) - 1
-        device = self.model.device
-        self.cache.crop(min(start - self.cache.get_seq_length(), 0))
-        logits = self.model(
-            input_ids=padded[:, start:].to(device),
-            position_ids=torch.arange(start, longest, device=device)[None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=longest - kept,
-        ).logits
-        self.seen = ids
-        judged = torch.tensor(begins)[:, None] + torch.arange(longest - min(begins))
-        judged = judged.clamp_max(longest - 1)
-        scores = logits[torch.arange(len(ids), device=device)[:, None], (judged - 1 - kept).to(device)]
-        return rule(scores, padded.gather(1, judged).to(device)).tolist()
-
-
-def _common_prefix(left: list[int], right: list[int]) -> int:
-    length = min(len(left), len(right))
-    return next((index for index in range(length) if left[index] != right[index]), length)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.generation.configuration_utils import CompileConfig
 
 import hf_flashdlm
 from hf_flashdlm import ARGuider
-from hf_flashdlm.alignment import Alignment
-from hf_flashdlm.reading import TextReader
+from hf_flashdlm.alignment import Alignment, TextReader
+from hf_flashdlm.compiling import Forward
 
 
 TINY = Path(hf_flashdlm.__file__).parent / "tiny"
@@ -86,6 +87,16 @@ def test_reading_text_equals_reading_ids_where_the_tokenizers_are_one(pair, canv
     assert checked(output, text_guider).accepted_lengths == checked(expected, text_guider).accepted_lengths
 
 
+def test_reading_text_is_compiled_where_that_is_asked_for(pair, canvas_tokenizer, text_guider):
+    inputs = canvas_tokenizer(PROMPTS[1], return_tensors="pt")
+    options = dict(max_new_tokens=8, guider=text_guider, return_dict_in_generate=True)
+    eager = pair[0].generate(**inputs, **options)
+    compile_config = CompileConfig(backend="eager", mode=None)
+    compiled = pair[0].generate(**inputs, **options, compile_config=compile_config)
+    assert text_guider.text_reader.forward.compile_config.dynamic and pair[1]._last_compile_config.dynamic
+    assert compiled.accepted_lengths == eager.accepted_lengths
+
+
 def test_rows_of_a_batch_are_read_as_alone(pair, canvas_tokenizer, text_guider, checked):
     inputs = canvas_tokenizer(PROMPTS, return_tensors="pt", padding=True)
     output = pair[0].generate(**inputs, guider=text_guider, return_dict_in_generate=True)
@@ -125,7 +136,7 @@ class Compared(TextReader):
     def judge(self, rows, first, rule):
         accepted = super().judge(rows, first, rule)
         for row, start, one in zip(rows, first, accepted, strict=True):
-            assert TextReader(self.model, self.alignment, 1).judge([row], [start], rule) == [one]
+            assert TextReader(self.forward, self.alignment, 1).judge([row], [start], rule) == [one]
             self.verdicts.append(len(one))
         return accepted
 
@@ -139,7 +150,7 @@ def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_token
     verdicts = []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        reader = Compared(byte_model, alignment, 3)
+        reader = Compared(Forward(byte_model), alignment, 3)
         reader.verdicts = verdicts
         # Drafts are drawn anew behind what is written, so that the text before them is split at other places.
         written = [torch.randint(0, 512, (int(length),), generator=generator).tolist() for length in (1, 9, 4)]
@@ -156,7 +167,7 @@ def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_token
 
 def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
     alignment = Alignment(canvas_tokenizer, byte_tokenizer, set(), None)
-    reader = TextReader(byte_model, alignment, 1)
+    reader = TextReader(Forward(byte_model), alignment, 1)
     row = canvas_tokenizer("Hana has 12").input_ids
     special = len(row)  # an end token, which here has no counterpart
     accept_all = lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)  # noqa: E731
@@ -167,7 +178,7 @@ def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_t
 
 
 def test_what_nothing_stands_before_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(byte_model, Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = TextReader(Forward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
     row = canvas_tokenizer(" 12").input_ids
     assert len(row) == 2  # and one token of the guider's
     assert reader.judge([row], [0], lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)) == [set()]
@@ -182,7 +193,7 @@ def test_any_end_token_of_the_guider_stands_for_its_end(pair, canvas_tokenizer):
 
 
 def test_a_text_longer_than_the_guider_has_positions_for_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(byte_model, Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = TextReader(Forward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
     reader.model.config.max_position_embeddings, before = 8, reader.model.config.max_position_embeddings
     try:
         with pytest.raises(ValueError, match="^`guider` must have positions for the 12 tokens that it reads, got a"):

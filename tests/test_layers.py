@@ -17,10 +17,11 @@ ENTRIES = ("generate", "modeling_dream", "modeling_llada")
 
 # From the bottom to the top: a module imports from layers below its own. Commands and publishing stand above them all.
 LAYERS = (
-    "alignment cache compiling configuration_dream configuration_llada display gate generation_config outputs "
-    "processors schedule streaming tokenization_dream unmasking windows",
+    "cache compiling configuration_dream configuration_llada display gate generation_config outputs processors "
+    "schedule streaming tokenization_dream unmasking windows",
     "denoiser reading",
-    "denoising guider",
+    "alignment denoising",
+    "guider",
     "methods",
     "generation",
     "generate modeling_dream modeling_llada",

@@ -166,6 +166,15 @@ def test_a_model_with_recurrent_states_is_refused(tiny, decode, kind, options):
         decode(tiny("dream_trained"), [[5, 70]], max_new_tokens=4, guider=recurrent)
 
 
+def test_a_model_that_sees_what_it_judges_is_refused(tiny, decode):
+    message = (
+        "`guider` must be autoregressive, got DreamModel, which sees the drafts that it is to judge: choose a causal "
+        "language model."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        decode(tiny("dream_trained"), [[5, 70]], max_new_tokens=4, guider=tiny("dream_trained"))
+
+
 def test_a_model_without_a_cache_is_refused(tiny, decode):
     old = make("openai-gpt", dict(vocab_size=V, n_embd=32, n_layer=1, n_head=4))
     message = (
