@@ -177,6 +177,20 @@ def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_t
     assert reader.judge([[0, 0]], [1], accept_all) == [set()], "a row of which it reads nothing"
 
 
+def test_a_draft_is_accepted_when_every_token_that_shares_its_text_is(canvas_tokenizer, byte_tokenizer, byte_model):
+    reader = TextReader(Forward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    row = canvas_tokenizer("Hana has 12").input_ids  # Hana, has, 1, 2; of the guider's tokens one holds both digits
+
+    def accepted(*refused):
+        refused = torch.tensor(byte_tokenizer.convert_tokens_to_ids(list(refused)))
+        return reader.judge([row], [1], lambda logits, ids: ~torch.isin(ids, refused))
+
+    assert accepted() == [{1, 2, 3}]
+    assert accepted("s") == accepted("Ġ") == [{2, 3}]
+    assert accepted("Ġ12") == [{1}]
+    assert accepted("H") == [{1, 2, 3}], "what is written is not judged"
+
+
 def test_what_nothing_stands_before_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
     reader = TextReader(Forward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
     row = canvas_tokenizer(" 12").input_ids
