@@ -122,7 +122,8 @@ class ARGuider(ARReader):
         super().reset(diffusion_model, *args, **kwargs)
         self.text_reader = self._text_reader(diffusion_model) if self.reads_text else None
         self.padding = (self.canvas_mask == 0).sum(1).cpu()  # of each row, before its text
-        self.counts = []  # of each step: rows asked, drafts judged and accepted in each; on the scores' device
+        # Of each step: the rows, which of them were asked, and the drafts judged and accepted, on the scores' device.
+        self.counts = []
         ratio = self.cost_ratio
         if self.gate is not None and ratio is None:
             ratio = self.model.num_parameters() / diffusion_model.num_parameters()
@@ -135,38 +136,40 @@ class ARGuider(ARReader):
             self.text_reader.batch_select_indices(indices)
 
     def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
-        on_scores = positions.to(scores.device)
-        asked = torch.ones_like(frontier, dtype=torch.bool)
+        asked = None  # all rows
         if self.gates is not None:
             asked = self.gates.ask(self.rows, positions, frontier, candidate)
             if not asked.any():
                 return scores
+            candidate = candidate & asked[:, None]
+        if positions.shape[1] > self.num_drafts:
+            candidate = candidate & (positions < frontier[:, None] + self.num_drafts)
         drafts, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
-        inside = (positions >= frontier[:, None]) & (positions < frontier[:, None] + self.num_drafts)
-        judged = (candidate & inside & asked[:, None]).to(scores.device) & (probability > 0)
+        judged = candidate.to(scores.device) & (probability > 0)
         accepted = self._judge(input_ids, drafts, positions, frontier, asked)
         if self.combine is not None:
             sure = probability >= self.confidence_threshold
             accepted = accepted | sure if self.combine == "union" else accepted & sure
-        # The first position of a row has nothing before it to be judged by.
-        accepted &= self.position_ids.gather(1, positions.to(self.position_ids.device)).to(scores.device) > 0
-        prefix = (~judged | accepted).long().cumprod(1).bool() & judged
-        self._count(judged, prefix, asked)
+        if (frontier <= self.padding).any():
+            # The first position of a row has nothing before it to be judged by.
+            accepted = accepted & (positions > self.padding[:, None]).to(scores.device)
+        refused = (judged & ~accepted).cumsum(1)  # how many up to each position
+        prefix = judged & (refused == 0)
+        self.counts.append((self.rows, asked, torch.stack([judged, prefix]).sum(2)))
         # The first draft is written even if it is refused.
-        written = prefix | (judged & (on_scores == frontier.to(scores.device)[:, None]))
+        written = prefix | (judged & (positions == frontier[:, None]).to(scores.device))
         kept = torch.where(written, drafts, self.mask_token_id)
-        decided = torch.full_like(scores, -torch.inf).scatter(-1, kept[..., None], 0.0)
-        left = ~asked[:, None].to(scores.device)
+        decided = torch.full_like(scores, -torch.inf).scatter_(-1, kept[..., None], 0.0)
         if self.beyond_prefix:
-            refused = (judged & ~prefix).long().cumsum(1)  # 1 at the first refused position, more behind it
-            left = left | (refused > 1) | ((refused == 1) & ~judged)
-        return torch.where(left[..., None], scores, decided)
+            left = (refused > 1) | ((refused == 1) & ~judged)  # behind the first refused position
+            decided = torch.where(left[..., None], scores, decided)
+        return decided if asked is None else torch.where(asked.to(scores.device)[:, None, None], decided, scores)
 
     def _judge(self, input_ids, drafts, positions, frontier, asked) -> torch.BoolTensor:
         """Whether each draft passes the acceptance rule, `(B, N)`, from one forward of the guider."""
         if self.text_reader is None:
             return self._accept(self._read(input_ids, drafts, positions, frontier, asked), drafts)
-        self.forwards[self.rows[asked]] += 1
+        self._count_forward(asked)
         stop = positions[:, 0] + (positions < frontier[:, None] + self.num_drafts).sum(1)
         canvas = self._fill(input_ids, drafts, positions).tolist()
         padding = self.padding.tolist()
@@ -199,19 +202,19 @@ class ARGuider(ARReader):
         better = (logits > score).sum(-1)
         return known & (better < self.top_k) & (score.squeeze(-1) - logits.amax(-1) >= self.log_threshold)
 
-    def _count(self, judged: torch.BoolTensor, prefix: torch.BoolTensor, asked: torch.BoolTensor) -> None:
-        on_device = asked.nonzero().squeeze(1).to(judged.device)
-        self.counts.append((self.rows[asked], torch.stack([judged.sum(1), prefix.sum(1)], 1)[on_device]))
-
     def statistics(self, total_seconds: float) -> dict:
         """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
         judged = [0] * len(self.forwards)
         lengths: list[list[int]] = [[] for _ in judged]
-        rows = [row for asked, _ in self.counts for row in asked.tolist()]
-        counts = torch.cat([step for _, step in self.counts]).tolist() if rows else []  # the only transfer
-        for row, (num_judged, num_accepted) in zip(rows, counts, strict=True):
-            judged[row] += num_judged
-            lengths[row].append(num_accepted)
+        counts = (
+            torch.cat([step for *_, step in self.counts], 1).T.tolist() if self.counts else []
+        )  # the only transfer
+        for rows, asked, _ in self.counts:
+            for index, row in enumerate(rows.tolist()):
+                num_judged, num_accepted = counts.pop(0)
+                if asked is None or asked[index]:
+                    judged[row] += num_judged
+                    lengths[row].append(num_accepted)
         return super().statistics(total_seconds) | {
             "drafts_judged": torch.tensor(judged),
             "drafts_accepted": torch.tensor([sum(one) for one in lengths]),

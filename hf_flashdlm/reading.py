@@ -113,7 +113,7 @@ class ARReader(LogitsProcessor):
             ValueError: If the guider has another vocabulary, too few positions, or no cache that can be cropped.
         """
         vocab_size = diffusion_model.config.get_text_config().vocab_size
-        self.vocab_size = self.model.config.get_text_config().vocab_size
+        self.vocab_size, self.canvas_vocab_size = self.model.config.get_text_config().vocab_size, vocab_size
         if abs(self.vocab_size - vocab_size) > min(PADDING, vocab_size // 100) and not self.shares_vocabulary:
             raise ValueError(
                 f"`guider` must share the diffusion model's vocabulary of {vocab_size} tokens, got one of "
@@ -133,7 +133,7 @@ class ARReader(LogitsProcessor):
         self.rows = torch.arange(len(canvas_mask))
         self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
         self.unchanged = []  # of each call, on the device: whether it found them on the canvas
-        self.forwards = torch.zeros(len(canvas_mask), dtype=torch.long)
+        self.forwards = [0] * len(canvas_mask)  # of each row
         self.seconds = 0.0
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
@@ -182,23 +182,29 @@ class ARReader(LogitsProcessor):
         current = input_ids.gather(1, positions)
         return input_ids.scatter(1, positions, torch.where(current == self.mask_token_id, drafts, current))
 
-    def _read(self, input_ids, drafts, positions, frontier, asked=slice(None)) -> torch.Tensor:
+    def _count_forward(self, asked: torch.BoolTensor | None) -> None:
+        for row in (self.rows if asked is None else self.rows[asked]).tolist():
+            self.forwards[row] += 1
+
+    def _read(self, input_ids, drafts, positions, frontier, asked=None) -> torch.Tensor:
         """
         Logits of the autoregressive model that score `positions`, `(B, N, V)`, on the device of the scores. The
-        forward counts for the rows `asked`, a bool per row.
+        forward counts for the rows `asked`, a bool per row; by default for all.
         """
         canvas = self._fill(input_ids, drafts, positions).to(self.canvas_mask.device)
-        canvas = canvas.clamp_max(self.vocab_size - 1)  # what the guider does not know it cannot accept
-        start = max(self.committed - 1, 0)
-        stop = max(int(positions.max()), start + 1)
-        if int(frontier.min()) < self.committed:
+        if self.vocab_size < self.canvas_vocab_size:
+            canvas = canvas.clamp_max(self.vocab_size - 1)  # what the guider does not know it cannot accept
+        begins, num_positions, clean = positions[:, 0].tolist(), positions.shape[1], int(frontier.min())
+        if clean < self.committed:
             raise RuntimeError(
-                f"`frontier` must not move back from one call to the next, got {int(frontier.min())} after "
-                f"{self.committed}: `reset` the guider before another canvas."
+                f"`frontier` must not move back from one call to the next, got {clean} after {self.committed}: "
+                "`reset` the guider before another canvas."
             )
+        start = max(self.committed - 1, 0)
+        stop = max(max(begins) + num_positions - 1, start + 1)
         self.unchanged.append((self.seen[:, :start] == canvas[:, :start]).all())
         self.cache.crop(min(start - self.cache.get_seq_length(), 0))
-        first = max(int(positions.min()) - 1 - start, 0)
+        first = max(min(begins) - 1 - start, 0)
         logits = self.forward(
             input_ids=canvas[:, start:stop],
             attention_mask=self.canvas_mask[:, :stop] if self.is_padded else None,
@@ -207,11 +213,12 @@ class ARReader(LogitsProcessor):
             use_cache=True,
             logits_to_keep=stop - start - first,
         ).logits
-        self.committed = int(frontier.min())
-        self.seen = canvas[:, : self.committed]
-        self.forwards[self.rows[asked]] += 1
-        slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
-        return logits[torch.arange(len(slots), device=logits.device)[:, None], slots].to(input_ids.device)
+        self.committed, self.seen = clean, canvas[:, :clean]
+        self._count_forward(asked)
+        if logits.shape[1] > num_positions or min(begins) - 1 - start < 0:
+            slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
+            logits = logits[torch.arange(len(slots), device=logits.device)[:, None], slots]
+        return logits.to(input_ids.device)
 
     def statistics(self, total_seconds: float) -> dict:
         """
@@ -224,4 +231,4 @@ class ARReader(LogitsProcessor):
             raise RuntimeError(
                 "The canvas left of the frontier has changed between two calls: `reset` the guider before another one."
             )
-        return {"guider_forwards": self.forwards, "guider_time_share": self.seconds / total_seconds}
+        return {"guider_forwards": torch.tensor(self.forwards), "guider_time_share": self.seconds / total_seconds}
