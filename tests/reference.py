@@ -1,8 +1,26 @@
-"""Decoding loops as the papers state them, one after another and as slowly: what ours is compared with.
+"""Decoding loops that do in each step the work that the public implementations do: what ours is compared with.
 
-For one prompt or several of one length, with the model's public forward and the host's own cache. They fill the whole
-canvas. `flashdlm bench --reference tests/reference.py` times them beside ours.
+* `llada`: `generate` of https://github.com/ML-GSAI/LLaDA/blob/main/generate.py. All positions go through the output
+  head; noise is drawn for all their scores in float64, although at temperature 0 it changes nothing, before the
+  maximum over the vocabulary is taken; then comes a softmax of all of them in float64.
+* `fastdllm_plain`, `fastdllm_prefix`, `fastdllm_dual`: `generate`, `generate_with_prefix_cache` and
+  `generate_with_dual_cache` of https://github.com/NVlabs/Fast-dLLM/blob/main/llada/generate.py. The same for the
+  positions that are fed, without noise; with the prefix cache the maximum is taken twice. With a threshold candidates
+  are compared with it one by one. The prefix cache cuts the keys and values of the full forward at the block and is
+  appended to in each forward; the dual cache writes into those of the full forward, row by row.
+* `flashdlm_freecache`: `generate_block_cached` of
+  https://github.com/ZhanqiuHu/flash-dlm-experimental/blob/main/src/model/llada_v2/generate.py. Keys and values are
+  written into buffers behind those of finished blocks, whose last step, before its token is written, freezes them.
+
+The loops alone are compared: the model's code is ours in both, and in the originals does more (it rotates all cached
+keys in each forward; FlashDLM's keeps queries, too). What the originals leave out, the shift of Dream's logits, is
+done without a copy of them. The loops take prompts of one length, fill the canvas and write the most confident tokens:
+one in each step, or with `threshold` all that are at least so probable, and at least one.
+
+`flashdlm bench --reference tests/reference.py` times them beside ours.
 """
+
+from functools import partial
 
 import torch
 from transformers import DynamicCache
@@ -10,55 +28,101 @@ from transformers import DynamicCache
 
 @torch.no_grad()
 def llada(model, input_ids, max_new_tokens, block_length):
-    """LLaDA's low-confidence order, one token per step (https://arxiv.org/abs/2502.09992, algorithm 5)."""
+    """LLaDA's low-confidence order (https://arxiv.org/abs/2502.09992, algorithm 5)."""
     canvas = _start(model, input_ids, max_new_tokens)
-    for start, stop in _blocks(input_ids.shape[1], canvas.shape[1], block_length):
-        for _ in range(stop - start):
-            _write(model, canvas, start, stop, model(canvas, use_cache=False).logits)
+    for start, stop in _blocks(input_ids, canvas, block_length):
+        for _ in range(start, stop):
+            _write(model, canvas, model(canvas, use_cache=False).logits, 0, stop, noisy=True)
     return canvas
 
 
 @torch.no_grad()
-def fastdllm_prefix(model, input_ids, max_new_tokens, block_length, dual=False):
-    """Fast-dLLM's prefix cache: a full forward for each block, then from its start on, or (dual) the block alone."""
+def fastdllm_plain(model, input_ids, max_new_tokens, block_length, threshold=None):
+    """Fast-dLLM without its caches (https://arxiv.org/abs/2505.22618, algorithm 1)."""
     canvas = _start(model, input_ids, max_new_tokens)
-    positions = torch.arange(canvas.shape[1], device=canvas.device)
-    for start, stop in _blocks(input_ids.shape[1], canvas.shape[1], block_length):
-        full = DynamicCache()
-        _write(model, canvas, start, stop, model(canvas, past_key_values=full, use_cache=True).logits)
-        first = start - _shift(model)
-        fed = positions[first : stop if dual else None]
-        kept = positions[~torch.isin(positions, fed)]  # attention does not mind in which order keys stand
-        for _ in range(stop - start - 1):
-            cache = DynamicCache([(layer.keys[:, :, kept], layer.values[:, :, kept]) for layer in full.layers])
-            rows = fed.expand(len(canvas), -1)
-            logits = model(canvas[:, fed], position_ids=rows, past_key_values=cache, use_cache=True).logits
-            _write(model, canvas, start, stop, logits, first)
+    for start, stop in _blocks(input_ids, canvas, block_length):
+        while _has_masks(model, canvas, start, stop):
+            _write(model, canvas, model(canvas, use_cache=False).logits, 0, stop, threshold)
     return canvas
 
 
-def fastdllm_dual(model, input_ids, max_new_tokens, block_length):
-    """Fast-dLLM's dual cache (https://arxiv.org/abs/2505.22618, section 3.2)."""
-    return fastdllm_prefix(model, input_ids, max_new_tokens, block_length, dual=True)
+@torch.no_grad()
+def fastdllm_prefix(model, input_ids, max_new_tokens, block_length, threshold=None):
+    """Fast-dLLM's prefix cache (section 3.2): a full forward for each block, then from the block on."""
+    canvas = _start(model, input_ids, max_new_tokens)
+    for start, stop in _blocks(input_ids, canvas, block_length):
+        cache = DynamicCache()
+        logits = model(canvas, past_key_values=cache, use_cache=True).logits
+        _write(model, canvas, logits, 0, stop, threshold)
+        while _has_masks(model, canvas, start, stop):
+            first = _first(model, canvas, start)
+            cache.crop(first - cache.get_seq_length())
+            logits = _forward(model, canvas, first, None, cache)
+            logits.argmax(-1)
+            _write(model, canvas, logits, first, stop, threshold)
+    return canvas
+
+
+@torch.no_grad()
+def fastdllm_dual(model, input_ids, max_new_tokens, block_length, threshold=None):
+    """Fast-dLLM's dual cache (section 3.2): a full forward for each block, then the block alone."""
+    canvas = _start(model, input_ids, max_new_tokens)
+    for start, stop in _blocks(input_ids, canvas, block_length):
+        cache = ReplacingCache()
+        logits = model(canvas, past_key_values=cache, use_cache=True).logits
+        _write(model, canvas, logits, 0, stop, threshold)
+        while _has_masks(model, canvas, start, stop):
+            first = _first(model, canvas, start)
+            cache.replaced = torch.zeros_like(canvas, dtype=torch.bool)
+            cache.replaced[:, first:stop] = True
+            _write(model, canvas, _forward(model, canvas, first, stop, cache), first, stop, threshold)
+    return canvas
 
 
 @torch.no_grad()
 def flashdlm_freecache(model, input_ids, max_new_tokens, block_length):
-    """FreeCache as the paper states it: one full forward, then all behind the finished blocks, which stay frozen."""
+    """FlashDLM's FreeCache (https://arxiv.org/abs/2505.21467, algorithm 1): after one full forward, from the block."""
     canvas = _start(model, input_ids, max_new_tokens)
-    positions = torch.arange(canvas.shape[1], device=canvas.device)
-    cache = DynamicCache()
-    logits, first = model(canvas, past_key_values=cache, use_cache=True).logits, 0
-    for start, stop in _blocks(input_ids.shape[1], canvas.shape[1], block_length):
-        for _ in range(stop - start):
-            if logits is None:
-                first = start - _shift(model)
-                cache.crop(first - cache.get_seq_length())
-                rows = positions[first:].expand(len(canvas), -1)
-                logits = model(canvas[:, first:], position_ids=rows, past_key_values=cache, use_cache=True).logits
-            _write(model, canvas, start, stop, logits, first)
-            logits = None
+    cache = BlockCache(canvas.shape[1])
+    for start, stop in _blocks(input_ids, canvas, block_length):
+        for _ in range(start, stop):
+            cache.clean = first = _first(model, canvas, start) if cache.layers else 0
+            _write(model, canvas, _forward(model, canvas, first, None, cache), first, stop)
     return canvas
+
+
+class ReplacingCache(DynamicCache):
+    """New states take the places of old ones, `replaced` of shape (B, L); without it they are appended."""
+
+    replaced = None
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if self.replaced is None:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
+        for row, places in enumerate(self.replaced):
+            positions = places.nonzero(as_tuple=True)[0]
+            keys[row, :, positions] = key_states[row]
+            values[row, :, positions] = value_states[row]
+        return keys, values
+
+
+class BlockCache(DynamicCache):
+    """New states are written behind the first `clean` positions of buffers of `length`."""
+
+    def __init__(self, length):
+        super().__init__()
+        self.length, self.clean = length, 0
+
+    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
+        if layer_idx == len(self.layers):
+            shape = (*key_states.shape[:2], self.length, key_states.shape[3])
+            super().update(key_states.new_zeros(shape), value_states.new_zeros(shape), layer_idx)
+        keys, values = self.layers[layer_idx].keys, self.layers[layer_idx].values
+        stop = self.clean + key_states.shape[2]
+        keys[:, :, self.clean : stop] = key_states
+        values[:, :, self.clean : stop] = value_states
+        return keys[:, :, :stop], values[:, :, :stop]
 
 
 def _start(model, input_ids, max_new_tokens):
@@ -66,29 +130,61 @@ def _start(model, input_ids, max_new_tokens):
     return torch.cat([input_ids, masks], 1)
 
 
-def _blocks(prompt_length, canvas_length, block_length):
-    starts = range(prompt_length, canvas_length, block_length)
-    return [(start, min(start + block_length, canvas_length)) for start in starts]
+def _blocks(input_ids, canvas, block_length):
+    starts = range(input_ids.shape[1], canvas.shape[1], block_length)
+    return [(start, min(start + block_length, canvas.shape[1])) for start in starts]
 
 
 def _shift(model):
     return getattr(model.config, "logits_shift", 0)  # of Dream: its output at a position scores the next
 
 
-def _write(model, canvas, start, stop, logits, first=0):
-    """Write the most probable candidate of the masks in `[start, stop)`; the logits begin at position `first`."""
-    mask_token_id = model.config.mask_token_id
-    begin = start - _shift(model) - first
-    logits = logits[:, begin : begin + stop - start].double()
-    logits[..., mask_token_id] = -torch.inf
-    confidence, token_ids = logits.softmax(-1).max(-1)
-    best = confidence.masked_fill(canvas[:, start:stop] != mask_token_id, -1).argmax(1, keepdim=True)
-    canvas[:, start:stop] = canvas[:, start:stop].scatter(1, best, token_ids.gather(1, best))
+def _has_masks(model, canvas, start, stop):
+    return bool((canvas[:, start:stop] == model.config.mask_token_id).any())
 
 
+def _first(model, canvas, start):
+    """Where to feed a block from: where logits are shifted from one earlier, as long as its first token is masked."""
+    return start - _shift(model) if _shift(model) and _has_masks(model, canvas, start, start + 1) else start
+
+
+def _forward(model, canvas, first, stop, cache):
+    positions = torch.arange(canvas.shape[1], device=canvas.device)[None, first:stop].expand(len(canvas), -1)
+    return model(canvas[:, first:stop], position_ids=positions, past_key_values=cache, use_cache=True).logits
+
+
+def _write(model, canvas, logits, first, stop, threshold=None, noisy=False):
+    """Write the most probable candidates of the masks before `stop`; the logits begin at position `first`."""
+    shift = _shift(model)
+    scores = logits[:, : logits.shape[1] - shift] if shift else logits
+    fed = canvas[:, first + shift : first + shift + scores.shape[1]]
+    if noisy:
+        noise = torch.rand_like(scores, dtype=torch.float64)
+        token_ids = (scores.double().exp() / (-noise.log()) ** 0).argmax(-1)
+    else:
+        token_ids = scores.argmax(-1)
+    confidence = scores.double().softmax(-1).gather(-1, token_ids[..., None])[..., 0]
+    masked = fed == model.config.mask_token_id
+    masked[:, stop - first - shift :] = False
+    token_ids = torch.where(masked, token_ids, fed)
+    confidence = torch.where(masked, confidence, -torch.inf)
+    chosen = torch.zeros_like(masked)
+    for row, count in enumerate(masked.sum(1)):
+        best = confidence[row].topk(min(1, count) if threshold is None else count).indices
+        chosen[row, best] = True
+        for position in best[1:] if threshold is not None else ():
+            if confidence[row, position] < threshold:
+                chosen[row, position] = False
+    fed[chosen] = token_ids[chosen]
+
+
+# What `flashdlm bench` reads: the loops by name, and the options of `generate` that write the same tokens.
 METHODS = {
-    "reference plain": llada,
-    "reference prefix": fastdllm_prefix,
-    "reference dual": fastdllm_dual,
-    "reference freecache": flashdlm_freecache,
+    "reference plain": (llada, {"window_policy": "none"}),
+    "reference prefix": (fastdllm_prefix, {"window_policy": "prefix"}),
+    "reference dual": (fastdllm_dual, {"window_policy": "dual"}),
+    "reference freecache": (flashdlm_freecache, {"window_policy": "freecache", "freeze_lag": 0}),
 }
+for _name, _loop in (("plain", fastdllm_plain), ("prefix", fastdllm_prefix), ("dual", fastdllm_dual)):
+    _options = {"window_policy": "none" if _name == "plain" else _name, "confidence_threshold": 0.9}
+    METHODS[f"reference {_name}+threshold"] = (partial(_loop, threshold=0.9), _options)
