@@ -23,7 +23,9 @@ from .shapes import GUIDER_SHAPES, SHAPES
 
 
 # Arguments that an ablation has no use for: its models and prompts are the embedded ones.
-NOT_ABLATED = "model config random_weights guider prompt_length methods fill_canvas reference show".split()
+NOT_ABLATED = (
+    "model config random_weights guider prompt_length steps methods fill_canvas reference compile show".split()
+)
 
 
 def add_commands(subparsers) -> None:
@@ -41,10 +43,15 @@ def add_commands(subparsers) -> None:
     add("--prompt-length", type=positive, metavar="N", help=length)
     add("--new-tokens", type=positive, metavar="N", help="tokens of the canvas behind the prompt (default: 256; 64)")
     add("--block-length", type=positive, metavar="N", help="tokens of a block (default: the checkpoint's, else 32)")
+    steps = "denoising steps of the methods that do not choose their number (default: one per token)"
+    add("--steps", type=positive, metavar="N", help=steps)
     add("--problems", type=positive, metavar="N", help="prompts of a trained model (default: 16; 500)")
     add("--batch-size", type=integers, metavar="N,N", help="prompts decoded together (default: 1,4,16; 25)")
-    add("--methods", type=names, metavar="NAME,NAME", help=f"default: all of {', '.join(recipes(1, 1))}")
-    add("--reference", metavar="FILE", help="Python file with METHODS, a dict of other implementations' loops")
+    methods = f"default: the references, without them all of {', '.join(recipes(1, 1))}"
+    add("--methods", type=names, metavar="NAME,NAME", help=methods)
+    reference = "Python file with METHODS, other implementations' loops and our settings for them, to be compared"
+    add("--reference", metavar="FILE", help=reference)
+    add("--compile", action="store_true", help="measure each method with compiled forwards, too")
     add("--fill-canvas", action="store_true", help="stop no method at the end of the text, as papers' loops do")
     add("--repeats", type=positive, metavar="N", help="runs, of which the median counts (default: 3; 1)")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: what torch takes)")
@@ -156,7 +163,7 @@ def note(text: str) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before hours of work rather than after."""
     if args.ablate:
-        for name in NOT_ABLATED:
+        for name in NOT_ABLATED.split():
             if getattr(args, name):
                 raise ValueError(f"`--{name.replace('_', '-')}` has no meaning with `--ablate`: drop it.")
         if len(args.batch_size or [1]) > 1:

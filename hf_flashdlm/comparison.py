@@ -10,6 +10,12 @@ peak MB: memory in use at the peak of a run beyond what the models take before i
 outside %: share of the time that is not inside a forward of a model.
 x floor: seconds over the floor, the time that the forwards would take at the ceilings on the card: the longer of
 operations over GEMM throughput and bytes over memory bandwidth, summed over the forwards.
+ms/step: seconds over the number of the diffusion model's forwards, of `ar` over those of its own.
+
+A method that writes the same tokens as another is compared with it: `times` are the other's seconds over its own,
+`equal%` the share of prompts whose tokens are equal. Such pairs are the loops of `--reference` with our settings for
+them, which fill the canvas, too, and with `--compile` methods and themselves with compiled forwards. What compiles is
+the warm-up before the runs, whose seconds the record holds.
 
 `ar` decodes as many tokens as the canvas has, one at a time, with an autoregressive model of the same shape, random
 weights and a K/V cache. Random weights write one token per forward whatever the method: they measure the cost of a
@@ -22,6 +28,7 @@ import argparse
 import runpy
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,13 +38,14 @@ from .measuring import Models, Recipe, Run, Workload, format_table, problem_work
 from .shapes import load_models, random_model, twin_config
 
 
-HEADERS = "method batch accuracy% seconds /full /EOS NFE guider active tok/fwd tok/s peakMB outside% xfloor".split()
+HEADERS = "method batch accuracy% seconds /full /EOS NFE guider active tok/fwd tok/s peakMB outside% xfloor ms/step"
+HEADERS = HEADERS.split()
 
 
-def recipes(new_tokens: int, block_length: int) -> dict[str, Recipe]:
+def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
     """The methods that can be compared, by name; the first two are the baselines."""
-    plain = {"window_policy": "none", "steps": new_tokens}
-    one = {"steps": new_tokens}
+    plain = {"window_policy": "none", "steps": steps}
+    one = {"steps": steps}
     sure = {"confidence_threshold": 0.9}
     window = {"right_window": 2 * block_length}
     both = {"combine": "intersection", "confidence_threshold": 0.5}
@@ -85,7 +93,10 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
     new_tokens = args.new_tokens or 256
     recommended = getattr(models.model.generation_config, "block_length", None)
     block_length = min(args.block_length or recommended or 32, new_tokens)
-    chosen = choose(args.methods, recipes(new_tokens, block_length) | references(args.reference), models)
+    steps = args.steps or new_tokens
+    chosen = choose(args.methods, recipes(steps, block_length), references(args.reference, steps), models)
+    if args.compile:
+        chosen = [twin for recipe in chosen for twin in (recipe, compiled(recipe)) if twin is not None]
     if any(recipe.name == "ar" for recipe in chosen):
         models.twin = random_model(twin_config(models.model.config), models.model.dtype, device, args.seed)
     costs = {name: CostModel(model) for name, model in models.named().items()}
@@ -98,8 +109,8 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
         def told(text: str, batch_size: int = batch_size) -> None:
             note(f"batch {batch_size}, {text}")
 
-        runs, peaks = measure(models, chosen, workload, args.repeats or 3, told)
-        rows += [{"batch_size": batch_size} | row for row in make_rows(chosen, runs, peaks, costs, ceilings)]
+        measured = measure(models, chosen, workload, args.repeats or 3, told)
+        rows += [{"batch_size": batch_size} | row for row in make_rows(measured, costs, ceilings)]
     return {
         "options": options,
         "ceilings": vars(ceilings) | {"dtype": str(models.model.dtype)},
@@ -114,16 +125,26 @@ def describe(model, cost: CostModel) -> dict:
     return {"type": model.config.model_type, **sizes}
 
 
-def references(path: str | None) -> dict[str, Recipe]:
-    """Loops of the user's, from the `METHODS` of a Python file."""
+def references(path: str | None, steps: int) -> dict[str, list[Recipe]]:
+    """By name, loops of the user's from the `METHODS` of a Python file, each behind ours with its settings."""
     if path is None:
         return {}
     if not Path(path).is_file():
         raise ValueError(f"`--reference` must be a Python file, got {path!r}.")
-    loops = runpy.run_path(path).get("METHODS")
-    if not isinstance(loops, dict):
-        raise ValueError(f"`--reference` must define METHODS, a dict of loops by name, got {path!r}.")
-    return {name: Recipe(name, loop=reference_loop(loop)) for name, loop in loops.items()}
+    methods = runpy.run_path(path).get("METHODS")
+    try:
+        entries = [(name, loop, dict(options)) for name, (loop, options) in methods.items()]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`--reference` must define METHODS, a dict of pairs (loop, options of ours) by name, got {path!r}."
+        ) from error
+    found = {}
+    for name, loop, options in entries:
+        if "confidence_threshold" not in options:
+            options["steps"] = steps
+        ours = Recipe(f"{name} (ours)", options | {"stop_at_eos": False}, like=name)
+        found[name] = [ours, Recipe(name, loop=reference_loop(loop))]
+    return found
 
 
 def reference_loop(loop):
@@ -138,16 +159,26 @@ def reference_loop(loop):
     return decode
 
 
-def choose(wanted: list[str] | None, known: dict[str, Recipe], models: Models) -> list[Recipe]:
-    """The methods asked for; without a guider not those that need one."""
+def compiled(recipe: Recipe) -> Recipe | None:
+    """The same with compiled forwards, where the loop is ours."""
+    if recipe.loop is not None:
+        return None
+    return replace(recipe, name=f"{recipe.name} (compiled)", compiled=True, like=recipe.name)
+
+
+def choose(
+    wanted: list[str] | None, known: dict[str, Recipe], pairs: dict[str, list[Recipe]], models: Models
+) -> list[Recipe]:
+    """The methods asked for: by default the pairs with references, without those all that the models serve."""
     if wanted is None:
-        return [recipe for recipe in known.values() if recipe.guider is None or models.guiders]
+        everything = sum(pairs.values(), []) or known.values()
+        return [recipe for recipe in everything if recipe.guider is None or models.guiders]
     for name in wanted:
-        if name not in known:
-            raise ValueError(f"`--methods` must be some of {', '.join(known)}, got {name!r}.")
-        if known[name].guider is not None and not models.guiders:
+        if name not in known and name not in pairs:
+            raise ValueError(f"`--methods` must be some of {', '.join([*known, *pairs])}, got {name!r}.")
+        if name in known and known[name].guider is not None and not models.guiders:
             raise ValueError(f"`--methods` {name} needs a guider: add `--guider`.")
-    return [known[name] for name in wanted]
+    return [recipe for name in wanted for recipe in pairs.get(name) or [known[name]]]
 
 
 def make_workload(args: argparse.Namespace, models: Models, batch_size: int, options: dict) -> Workload:
@@ -158,52 +189,89 @@ def make_workload(args: argparse.Namespace, models: Models, batch_size: int, opt
     return problem_workload(models.checkpoint, count, batch_size, args.seed, options, args.prompt_length)
 
 
-def measure(models: Models, chosen: list[Recipe], workload: Workload, repeats: int, note: Callable[[str], None]):
-    """The runs of each method, and the peak memory of a run before them that warms up; both by name."""
-    peaks: dict[str, int | None] = {}
-    runs: dict[str, list[Run]] = {recipe.name: [] for recipe in chosen}
+@dataclass
+class Measured:
+    """The runs of a recipe, and what was seen in a run before them that warms up."""
+
+    recipe: Recipe
+    runs: list[Run]
+    warm_up_seconds: float
+    peak_memory_bytes: int | None
+
+    @property
+    def seconds(self) -> float:
+        """The median of the runs."""
+        return statistics.median(one.seconds for one in self.runs)
+
+
+def measure(
+    models: Models, chosen: list[Recipe], workload: Workload, repeats: int, note: Callable[[str], None]
+) -> dict[str, Measured]:
+    """Run all methods: what was measured, by name."""
+    measured = {}
     for recipe in chosen:
         note(f"warm-up: {recipe.name}")
+        # The memory of compiling is not that of decoding.
+        seconds = run(models, recipe, workload).seconds if recipe.compiled else None
         with peak_memory(models.model.device) as peak:
-            run(models, recipe, workload)
-        peaks[recipe.name] = peak[0]
+            warm = run(models, recipe, workload)
+        measured[recipe.name] = Measured(recipe, [], seconds or warm.seconds, peak[0])
     # The methods take turns, so that a slow minute of the machine does not fall on one of them alone.
     for index in range(repeats):
-        for recipe in chosen:
-            note(f"run {index + 1} of {repeats}: {recipe.name}")
-            runs[recipe.name].append(run(models, recipe, workload))
-    return runs, peaks
+        for name, of_method in measured.items():
+            note(f"run {index + 1} of {repeats}: {name}")
+            of_method.runs.append(run(models, of_method.recipe, workload))
+    return measured
 
 
-def make_rows(chosen: list[Recipe], runs: dict[str, list[Run]], peaks: dict, costs: dict, ceilings: Ceilings):
+def make_rows(measured: dict[str, Measured], costs: dict[str, CostModel], ceilings: Ceilings):
     """Rows of the record, one per method."""
-    median = {name: statistics.median(one.seconds for one in of_method) for name, of_method in runs.items()}
-    for recipe in chosen:
-        of_method, seconds = runs[recipe.name], median[recipe.name]
-        first = of_method[0]
-        floor = sum(costs[name].floor_seconds(forwards, ceilings) for name, forwards in first.forwards.items())
+    for name, of_method in measured.items():
+        recipe, seconds, first = of_method.recipe, of_method.seconds, of_method.runs[0]
+        floor = sum(costs[model].floor_seconds(forwards, ceilings) for model, forwards in first.forwards.items())
         yield {
-            "method": recipe.name,
+            "method": name,
             "options": recipe.options,
             "rule": recipe.rule,
+            "compiled": recipe.compiled,
             **first.figures(),
             "seconds": seconds,
-            "seconds_of_runs": [one.seconds for one in of_method],
-            "speed_over_full_canvas": median["plain"] / seconds if "plain" in median else None,
-            "speed_over_eos_stop": median["plain-eos"] / seconds if "plain-eos" in median else None,
+            "seconds_of_runs": [one.seconds for one in of_method.runs],
+            "warm_up_seconds": of_method.warm_up_seconds,
+            "milliseconds_per_step": 1000 * seconds / len(first.forwards["model"] or first.forwards["twin"]),
+            "speed_over_full_canvas": speed_over("plain", of_method, measured),
+            "speed_over_eos_stop": speed_over("plain-eos", of_method, measured),
             "tokens_per_second": first.tokens / seconds,
-            "peak_memory_bytes": peaks[recipe.name],
-            "outside_forwards_share": statistics.median(one.outside_share for one in of_method),
+            "peak_memory_bytes": of_method.peak_memory_bytes,
+            "kept_bytes": sum(costs[model].kept_bytes(forwards) for model, forwards in first.forwards.items()),
+            "outside_forwards_share": statistics.median(one.outside_share for one in of_method.runs),
             "floor_seconds": floor,
             "seconds_over_floor": seconds / floor,
+            "like": recipe.like,
+            "speed_over_like": speed_over(recipe.like, of_method, measured),
+            "equal_share": equal_share(of_method, measured.get(recipe.like)),
         }
+
+
+def speed_over(name: str | None, of_method: Measured, measured: dict[str, Measured]) -> float | None:
+    """How many times as fast as the method of that name, if it was measured."""
+    return measured[name].seconds / of_method.seconds if name in measured else None
+
+
+def equal_share(one: Measured, other: Measured | None) -> float | None:
+    """The share of rows that hold the same tokens."""
+    if other is None:
+        return None
+    pairs = list(zip(one.runs[0].canvases, other.runs[0].canvases, strict=True))
+    return sum(left == right for left, right in pairs) / len(pairs)
 
 
 def cells(row: dict) -> list[str]:
     """A row of the printed table."""
 
     def number(name: str, form: str, scale: float = 1) -> str:
-        return "-" if row[name] is None else format(row[name] * scale, form)
+        value = row.get(name)  # an older record lacks some
+        return "-" if value is None else format(value * scale, form)
 
     return [
         row["method"],
@@ -220,14 +288,45 @@ def cells(row: dict) -> list[str]:
         number("peak_memory_bytes", ".1f", 1e-6),
         number("outside_forwards_share", ".1f", 100),
         number("seconds_over_floor", ".1f"),
+        number("milliseconds_per_step", ".2f"),
     ]
 
 
 def report_comparison(record: dict) -> str:
-    """The ceilings and the table."""
+    """The ceilings, the table, without columns that hold nothing, and the pairs that write the same tokens."""
     ceilings = record["ceilings"]
-    return (
-        f"GEMM: {ceilings['flops_per_second'] / 1e9:.0f} GFLOP/s in {ceilings['dtype']}\n"
-        f"memory: {ceilings['bytes_per_second'] / 1e9:.1f} GB/s\n\n"
-        f"{format_table(HEADERS, [cells(row) for row in record['rows']])}"
-    )
+    columns = zip(HEADERS, *(cells(row) for row in record["rows"]), strict=True)
+    headers, *rows = zip(*(column for column in columns if set(column[1:]) != {"-"}), strict=True)
+    lines = [
+        f"GEMM: {ceilings['flops_per_second'] / 1e9:.0f} GFLOP/s in {ceilings['dtype']}",
+        f"memory: {ceilings['bytes_per_second'] / 1e9:.1f} GB/s\n",
+        format_table(headers, rows),
+    ]
+    for is_compiled in (False, True):
+        lines += report_pairs(
+            [row for row in record["rows"] if row.get("like") is not None and row["compiled"] == is_compiled]
+        )
+    return "\n".join(lines)
+
+
+def report_pairs(rows: list[dict]) -> list[str]:
+    """The table of methods that are compared with another, and how many times as fast they are."""
+    if not rows:
+        return []
+    times = [row["speed_over_like"] for row in rows]
+    table = [
+        [
+            row["method"],
+            str(row["batch_size"]),
+            f"{row['seconds']:.3f}",
+            f"{row['seconds'] * row['speed_over_like']:.3f}",
+            f"{row['speed_over_like']:.2f}",
+            f"{100 * row['equal_share']:.0f}",
+        ]
+        for row in rows
+    ]
+    return [
+        "",
+        format_table(["method", "batch", "seconds", "other's", "times", "equal%"], table),
+        f"times: {min(times):.2f} to {max(times):.2f}, median {statistics.median(times):.2f}",
+    ]

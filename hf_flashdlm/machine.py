@@ -32,12 +32,14 @@ class Forward:
         queries (`int`): Positions computed in each row.
         keys (`int`): Positions that a query attends to.
         head_rows (`int`): Positions of each row that the output head scored.
+        cached (`bool`): Whether the keys and values are kept.
     """
 
     rows: int
     queries: int
     keys: int
     head_rows: int
+    cached: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,17 @@ class CostModel:
         linear = self.body_parameters * forward.queries + self.head_parameters * forward.head_rows
         return forward.rows * (2 * linear + self.attention_flops * forward.queries * forward.keys)
 
+    def key_value_bytes(self, forward: Forward) -> int:
+        """Bytes of the keys and values that its queries see."""
+        return self.element_bytes * self.key_value_numbers * forward.rows * forward.keys
+
+    def kept_bytes(self, forwards: list[Forward]) -> int:
+        """The most that a cache held during `forwards`."""
+        return max((self.key_value_bytes(one) for one in forwards if one.cached), default=0)
+
     def bytes(self, forward: Forward) -> int:
         """Bytes read."""
-        return self.weight_bytes + self.element_bytes * self.key_value_numbers * forward.rows * forward.keys
+        return self.weight_bytes + self.key_value_bytes(forward)
 
     def floor_seconds(self, forwards: list[Forward], ceilings: Ceilings) -> float:
         """The least time that `forwards` can take together."""
@@ -125,36 +135,57 @@ class Probe:
         self._begins, self._ends, self._hooks = [], [], []
 
     def __enter__(self) -> "Probe":
+        self.model.get_compiled_call = self._compiled_call
+        self._hang()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._unhang()
+        del self.model.get_compiled_call
+
+    def _hang(self) -> None:
         self._hooks = [
             self.model.register_forward_pre_hook(self._begin, with_kwargs=True, prepend=True),
             self.model.register_forward_hook(self._end),
         ]
-        return self
 
-    def __exit__(self, *_) -> None:
+    def _unhang(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    # Not to be compiled with the model: they change at every call.
-    @torch.compiler.disable
+    def _compiled_call(self, compile_config):
+        """The host's, without hooks on the model: they would be compiled with it, and change at every call."""
+        call = type(self.model).get_compiled_call(self.model, compile_config)
+
+        def timed(**inputs):
+            self._unhang()
+            try:
+                self._begin(self.model, (), inputs)
+                output = call(**inputs)
+                self._end()
+            finally:
+                self._hang()
+            return output
+
+        return timed
+
     def _end(self, *_) -> None:
         self._ends.append(self._mark())
 
-    @torch.compiler.disable
     def _begin(self, _, args, kwargs) -> None:
         ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
         cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
         rows, queries = ids.shape
         head_rows = len(kept) if isinstance(kept, torch.Tensor) else kept or queries
         keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
-        self.forwards.append(Forward(rows, queries, keys, head_rows))
+        self.forwards.append(Forward(rows, queries, keys, head_rows, cache is not None))
         self._begins.append(self._mark())
 
     def _mark(self):
         if self.model.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.model.device))
         return event
 
     @property

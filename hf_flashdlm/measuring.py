@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import CompileConfig
 
 from .demo import TINY, binomial_interval, final_number
 from .guider import ARGuider
@@ -33,6 +34,8 @@ class Recipe:
         rule (`dict`): Keywords of [`ARGuider`].
         loop (`Callable`, *optional*): `(models, inputs, options) -> ids (B, L)`, in place of `generate`.
         speaks (`bool`): Whether its texts mean something: else they have no end before the canvas's, and no answer.
+        compiled (`bool`): Whether `generate` compiles the forwards.
+        like (`str`, *optional*): Name of the recipe that writes the same tokens, to be compared with.
     """
 
     name: str
@@ -41,6 +44,8 @@ class Recipe:
     rule: dict = field(default_factory=dict)
     loop: Callable | None = None
     speaks: bool = True
+    compiled: bool = False
+    like: str | None = None
 
 
 @dataclass
@@ -91,9 +96,16 @@ class Models:
                 both = {"tokenizer": self.tokenizers[recipe.guider], "canvas_tokenizer": self.checkpoint.tokenizer}
                 rule = rule | both
             options["guider"] = ARGuider(self.guiders[recipe.guider], **rule)
+        if recipe.compiled:
+            options["compile_config"] = compile_config(self.model.device)
         options = {"do_sample": False} | options
         output = self.model.generate(**inputs, **options, return_dict_in_generate=True)
         return output.sequences, output
+
+
+def compile_config(device: torch.device) -> CompileConfig:
+    """How forwards are compiled: on CUDA into captured graphs, which leave no launches to wait for."""
+    return CompileConfig(mode="reduce-overhead" if device.type == "cuda" else None)
 
 
 @dataclass(frozen=True)
@@ -122,6 +134,7 @@ class Run:
     What one run over a workload counted, summed over its rows.
 
     Args:
+        canvases (`list[list[int]]`): The ids of all rows, prompts and pads included.
         seconds (`float`): Time of the decodes, without counting.
         forward_seconds (`float`): The part of it inside the models' forwards.
         forwards (`dict[str, list[Forward]]`): The forwards of each model, by its name.
@@ -139,6 +152,7 @@ class Run:
     seconds: float = 0.0
     forward_seconds: float = 0.0
     forwards: dict[str, list[Forward]] = field(default_factory=dict)
+    canvases: list[list[int]] = field(default_factory=list)
 
     @property
     def outside_share(self) -> float:
@@ -205,6 +219,7 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
             total.count(output)
             total.guider_seconds += seconds * (output.guider_time_share or 0.0)
         ends = models.end_token_ids if recipe.speaks else []
+        total.canvases += ids.tolist()
         texts = [_up_to_end(row, ends) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         total.num_rows += len(texts)
         total.tokens += sum(map(len, texts))

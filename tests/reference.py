@@ -13,9 +13,12 @@
   written into buffers behind those of finished blocks, whose last step, before its token is written, freezes them.
 
 The loops alone are compared: the model's code is ours in both, and in the originals does more (it rotates all cached
-keys in each forward; FlashDLM's keeps queries, too). What the originals leave out, the shift of Dream's logits, is
-done without a copy of them. The loops take prompts of one length, fill the canvas and write the most confident tokens:
-one in each step, or with `threshold` all that are at least so probable, and at least one.
+keys in each forward; FlashDLM's keeps queries, too). The loops take prompts of one length, fill the canvas and write
+the most confident tokens: one in each step, or with `threshold` all that are at least so probable, and at least one.
+
+The originals are for LLaDA. For Dream's shifted logits, which are not copied here, a cached block is fed from the
+position before it as long as its first token is masked in any row. Ours asks that of each row alone, so in a batch the
+tokens of a few rows may differ.
 
 `flashdlm bench --reference tests/reference.py` times them beside ours.
 """
@@ -96,6 +99,11 @@ class ReplacingCache(DynamicCache):
 
     replaced = None
 
+    def get_mask_sizes(self, query_length, layer_idx):
+        if self.replaced is None:
+            return super().get_mask_sizes(query_length, layer_idx)
+        return self.replaced.shape[1], 0
+
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if self.replaced is None:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -113,6 +121,9 @@ class BlockCache(DynamicCache):
     def __init__(self, length):
         super().__init__()
         self.length, self.clean = length, 0
+
+    def get_mask_sizes(self, query_length, layer_idx):
+        return self.clean + query_length, 0
 
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         if layer_idx == len(self.layers):
@@ -179,12 +190,13 @@ def _write(model, canvas, logits, first, stop, threshold=None, noisy=False):
 
 
 # What `flashdlm bench` reads: the loops by name, and the options of `generate` that write the same tokens.
+_SURE = {"confidence_threshold": 0.9}
 METHODS = {
-    "reference plain": (llada, {"window_policy": "none"}),
-    "reference prefix": (fastdllm_prefix, {"window_policy": "prefix"}),
-    "reference dual": (fastdllm_dual, {"window_policy": "dual"}),
-    "reference freecache": (flashdlm_freecache, {"window_policy": "freecache", "freeze_lag": 0}),
+    "LLaDA": (llada, {"window_policy": "none"}),
+    "Fast-dLLM prefix": (fastdllm_prefix, {"window_policy": "prefix"}),
+    "Fast-dLLM dual": (fastdllm_dual, {"window_policy": "dual"}),
+    "FlashDLM freecache": (flashdlm_freecache, {"window_policy": "freecache", "freeze_lag": 0}),
+    "Fast-dLLM plain+threshold": (partial(fastdllm_plain, threshold=0.9), _SURE | {"window_policy": "none"}),
+    "Fast-dLLM prefix+threshold": (partial(fastdllm_prefix, threshold=0.9), _SURE | {"window_policy": "prefix"}),
+    "Fast-dLLM dual+threshold": (partial(fastdllm_dual, threshold=0.9), _SURE | {"window_policy": "dual"}),
 }
-for _name, _loop in (("plain", fastdllm_plain), ("prefix", fastdllm_prefix), ("dual", fastdllm_dual)):
-    _options = {"window_policy": "none" if _name == "plain" else _name, "confidence_threshold": 0.9}
-    METHODS[f"reference {_name}+threshold"] = (partial(_loop, threshold=0.9), _options)
