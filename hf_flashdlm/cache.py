@@ -174,8 +174,10 @@ class FreeCache(DynamicCache):
         """
         if not self.is_initialized:
             raise ValueError("The first window must be the same for all rows: call `window` before `scatter`.")
-        self._check(positions.amin(1).tolist(), (positions.amax(1) + 1).tolist())
-        self.target.start, self.target.stop = int(positions.min()), int(positions.max()) + 1
+        stops = (positions.amax(1) + 1).tolist()
+        self._check(positions.amin(1).tolist(), stops)
+        # Numbers that change from step to step would make a captured graph of a forward one for each of them.
+        self.target.start, self.target.stop = 0, attended or max(stops)
         self.target.positions = positions.to(self.layers[0].keys.device)
         self.target.attended = attended
 

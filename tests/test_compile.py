@@ -1,11 +1,16 @@
 """Compiled forwards: equal tokens, few shapes, and a warning where a model cannot be compiled."""
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from transformers import Qwen2ForCausalLM
 from transformers.generation.configuration_utils import CompileConfig
 
-from hf_flashdlm import ARGuider
+from hf_flashdlm import ARGuider, diffusion_generate, make_bidirectional
+from hf_flashdlm.compiling import Forward
 
 
 EAGER = CompileConfig(backend="eager", mode=None)
@@ -81,6 +86,52 @@ def test_the_width_of_a_compiled_window_is_one_of_few(tiny, decode):
     assert len(widths) > 2 and static <= {16, 32}
 
 
+# What torch itself imports for captured graphs warns of torch's own old parts.
+importing = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+
+
+@importing
+@pytest.mark.parametrize("setting", SETTINGS[:7], ids=str)
+def test_a_captured_graph_would_serve_all_steps(tiny, decode, setting):
+    graphs = []
+
+    def keep(graph, inputs, mode=None):
+        graphs.append([node.meta for node in graph.graph.nodes if node.op == "placeholder"])
+        return graph.forward
+
+    options = {"max_new_tokens": 48, "block_length": 8} | setting
+    eager = decode(tiny("llada"), PROMPTS, **options)
+    config = CompileConfig(backend=keep, mode="reduce-overhead")
+    compiled = decode(tiny("llada"), PROMPTS, **options, compile_config=config)
+    assert compiled.sequences.equal(eager.sequences)
+    assert graphs
+    for inputs in graphs:
+        values = [meta["example_value"] for meta in inputs]
+        sizes = {str(size) for value in values if isinstance(value, torch.Tensor) for size in value.shape}
+        numbers = {str(value) for value in values if not isinstance(value, torch.Tensor)}
+        assert numbers <= sizes, "a number that changes from step to step needs a graph for each of its values"
+        buffers = [meta["tensor_dict"] for meta, value in zip(inputs, values, strict=True) if is_buffer(value)]
+        assert all(one.get("_dynamo_static_input_type") == "unguarded" for one in buffers)
+        cached = setting.get("window_policy") != "none"
+        assert len(buffers) == (2 * tiny("llada").config.n_layers if cached else 0)
+
+
+def is_buffer(value):
+    return isinstance(value, torch.Tensor) and value.dim() == 4 and value.dtype.is_floating_point
+
+
+@importing
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_what_a_replay_would_write_over_is_copied(mode):
+    logits, embedding = torch.arange(6.0).view(1, 2, 3), torch.nn.Identity()
+    model = SimpleNamespace(
+        get_input_embeddings=lambda: embedding,
+        get_compiled_call=lambda config: lambda **inputs: SimpleNamespace(logits=logits),
+    )
+    returned = Forward(model, CompileConfig(mode=mode))(input_ids=None).logits
+    assert returned.equal(logits) and (returned is logits) == (mode is None)
+
+
 def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_so(tiny, decode, monkeypatch):
     def fail(graph, inputs):
         raise RuntimeError("no compiler here")
@@ -93,3 +144,27 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_so(tiny, decode, 
     assert len(said) == 1
     assert said[0].startswith("`compile_config` has no effect: the forward of DreamModel could not be compiled and")
     assert compiled.sequences.equal(decode(tiny("dream"), PROMPTS, **options).sequences)
+    # No later call tries again with these settings, but with others it does.
+    decode(tiny("dream"), PROMPTS, **options, compile_config=config)
+    assert len(said) == 1
+    decode(tiny("dream"), PROMPTS, **options, compile_config=EAGER)
+    assert len(said) == 1 and num_graphs() > 0
+
+
+def test_a_model_of_another_class_that_cannot_be_compiled_is_tried_once(monkeypatch):
+    def fail(graph, inputs):
+        raise RuntimeError("no compiler here")
+
+    said = []
+    monkeypatch.setattr("hf_flashdlm.compiling.logger.warning", said.append)
+    model = Qwen2ForCausalLM.from_pretrained(Path(__file__).parent / "goldens" / "model_dream").eval()
+    model.config.logits_shift, model.config.mask_token_id = 1, 3
+    make_bidirectional(model)
+    for _ in range(2):
+        diffusion_generate(
+            model,
+            torch.tensor(PROMPTS[:1]),
+            max_new_tokens=8,
+            compile_config=CompileConfig(backend=fail, mode=None),
+        )
+    assert len(said) == 1
