@@ -38,6 +38,7 @@ from .measuring import Models, Recipe, Run, Workload, format_table, problem_work
 from .shapes import load_models, random_model, twin_config
 
 
+RANDOM_PROMPT_LENGTH = 128  # of random ids, unless the caller names one
 HEADERS = "method batch accuracy% seconds /full /EOS NFE guider active tok/fwd tok/s peakMB outside% xfloor ms/step"
 HEADERS = HEADERS.split()
 
@@ -89,13 +90,15 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
     Returns:
         `dict`: The rest of the record: options, ceilings, models and rows.
     """
-    models = load_models(args, device)
     new_tokens = args.new_tokens or 256
+    models = load_models(args, device, (args.prompt_length or RANDOM_PROMPT_LENGTH) + new_tokens)
     recommended = getattr(models.model.generation_config, "block_length", None)
     block_length = min(args.block_length or recommended or 32, new_tokens)
     steps = args.steps or new_tokens
     chosen = choose(args.methods, recipes(steps, block_length), references(args.reference, steps), models)
     if args.compile:
+        # All methods share the code that is compiled, and one process.
+        torch._dynamo.config.recompile_limit = 64
         chosen = [twin for recipe in chosen for twin in (recipe, compiled(recipe)) if twin is not None]
     if any(recipe.name == "ar" for recipe in chosen):
         models.twin = random_model(twin_config(models.model.config), models.model.dtype, device, args.seed)
@@ -184,7 +187,9 @@ def choose(
 def make_workload(args: argparse.Namespace, models: Models, batch_size: int, options: dict) -> Workload:
     """The prompts: held-out problems for a trained model, random ids for random weights."""
     if models.checkpoint is None:
-        return random_workload(models.model, batch_size, args.seed, options, args.prompt_length or 128)
+        return random_workload(
+            models.model, batch_size, args.seed, options, args.prompt_length or RANDOM_PROMPT_LENGTH
+        )
     count = max(args.problems or 16, batch_size)
     return problem_workload(models.checkpoint, count, batch_size, args.seed, options, args.prompt_length)
 

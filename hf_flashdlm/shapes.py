@@ -29,8 +29,8 @@ GUIDER_SHAPES = {
 }
 
 
-def load_models(args: argparse.Namespace, device: torch.device) -> Models:
-    """The models that the arguments name."""
+def load_models(args: argparse.Namespace, device: torch.device, canvas_length: int) -> Models:
+    """The models that the arguments name; random weights take a canvas of `canvas_length`."""
     if (args.model is None) == (args.config is None):
         raise ValueError("`--model` or `--config` must be given, and not both: a checkpoint, or a shape.")
     if args.model is not None and args.random_weights:
@@ -42,6 +42,8 @@ def load_models(args: argparse.Namespace, device: torch.device) -> Models:
     if args.random_weights:
         dtype = getattr(torch, plain_dtype if dtype == "auto" else dtype)
         config = AutoConfig.from_pretrained(TINY / "dlm") if args.config == "tiny" else SHAPES[args.config]()
+        # Nothing was trained, so nothing bounds the positions.
+        config.max_position_embeddings = max(config.max_position_embeddings, canvas_length)
         model = random_model(config, dtype, device, args.seed)
         return Models(model, {"guider": random_model(guider_config(args, config), dtype, device, args.seed + 1)})
     if args.config not in (None, "tiny"):
@@ -65,11 +67,10 @@ def guider_config(args: argparse.Namespace, config):
         raise ValueError(
             f"`--guider` must be one of {', '.join(GUIDER_SHAPES)} with `--random-weights`, got {name!r}."
         )
+    shared = {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")}
     if name == "tiny":
-        guider = AutoConfig.from_pretrained(TINY / "guider")
-        guider.vocab_size = config.vocab_size
-        return guider
-    return Qwen2Config(vocab_size=config.vocab_size, tie_word_embeddings=True, **GUIDER_SHAPES[name])
+        return AutoConfig.from_pretrained(TINY / "guider", **shared)
+    return Qwen2Config(tie_word_embeddings=True, **shared, **GUIDER_SHAPES[name])
 
 
 def twin_config(config):
