@@ -23,9 +23,7 @@ from .shapes import GUIDER_SHAPES, SHAPES
 
 
 # Arguments that an ablation has no use for: its models and prompts are the embedded ones.
-NOT_ABLATED = (
-    "model config random_weights guider prompt_length steps methods fill_canvas reference compile show".split()
-)
+NOT_ABLATED = "model config random_weights guider prompt_length steps methods fill_canvas reference compile show"
 
 
 def add_commands(subparsers) -> None:

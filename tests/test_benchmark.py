@@ -8,9 +8,11 @@ import reference
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch._dynamo.utils import counters
 from transformers import PreTrainedTokenizerFast
+from transformers.generation.configuration_utils import CompileConfig
 
-from hf_flashdlm import ablation, benchmark, comparison, shapes
+from hf_flashdlm import ablation, benchmark, comparison, measuring, shapes
 from hf_flashdlm.ablation_table import COMBINATIONS, PARTS, settings
 from hf_flashdlm.cli import Parser
 from hf_flashdlm.demo import TINY, binomial_interval
@@ -24,7 +26,8 @@ from hf_flashdlm.prompting import Checkpoint
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
 drafts_judged drafts_accepted guider_time_share outside_forwards_share accuracy accuracy_interval seconds
 seconds_of_runs speed_over_full_canvas speed_over_eos_stop tokens_per_second peak_memory_bytes floor_seconds
-seconds_over_floor""".split()
+seconds_over_floor compiled warm_up_seconds milliseconds_per_step kept_bytes like speed_over_like
+equal_share""".split()
 RECORD_KEYS = "schema command seed commit machine versions options ceilings models rows".split()
 SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --device cpu".split()
 METHODS = ["--methods", "plain,plain-eos,freecache+window,guided,ar"]
@@ -44,29 +47,92 @@ def bench(monkeypatch):
     return bench
 
 
-# Of Dream only the plain order: with its shift a cached block needs a position before it, which loops treat each in
-# their way.
-@pytest.mark.parametrize(
-    ("name", "loop", "policy"),
-    [
-        ("llada", reference.llada, {"window_policy": "none"}),
-        ("llada_gqa", reference.llada, {"window_policy": "none"}),
-        ("dream", reference.llada, {"window_policy": "none"}),
-        ("llada", reference.fastdllm_prefix, {"window_policy": "prefix"}),
-        ("llada_gqa", reference.fastdllm_prefix, {"window_policy": "prefix"}),
-        ("llada", reference.fastdllm_dual, {"window_policy": "dual"}),
-        ("llada_gqa", reference.fastdllm_dual, {"window_policy": "dual"}),
-        ("llada", reference.flashdlm_freecache, {"window_policy": "freecache", "freeze_lag": 0}),
-        ("llada_gqa", reference.flashdlm_freecache, {"window_policy": "freecache", "freeze_lag": 0}),
-    ],
-)
-@pytest.mark.parametrize("block_length", [3, 4, 12])
-def test_ours_writes_what_a_loop_from_the_papers_writes(tiny, name, block_length, loop, policy):
-    model = tiny(name)
-    prompts = torch.randint(3, 400, (2, 7), generator=torch.Generator().manual_seed(block_length))
+# With Dream's shift a cached block needs a position before it, of which each row of ours decides for itself.
+@pytest.mark.parametrize(("name", "num_rows"), [("llada", 3), ("llada_gqa", 3), ("dream", 1), ("dream_trained", 1)])
+@pytest.mark.parametrize("method", reference.METHODS)
+@pytest.mark.parametrize("block_length", [1, 3, 4, 12])
+def test_ours_writes_what_a_loop_of_others_writes(tiny, name, num_rows, method, block_length):
+    model, (loop, options) = tiny(name), reference.METHODS[method]
+    prompts = torch.randint(3, 400, (num_rows, 7), generator=torch.Generator().manual_seed(block_length))
     expected = loop(model, prompts, max_new_tokens=12, block_length=block_length)
-    ids = model.generate(prompts, max_new_tokens=12, block_length=block_length, steps=12, stop_at_eos=False, **policy)
+    if "confidence_threshold" not in options:
+        options = options | {"steps": 12}
+    inputs = {"attention_mask": torch.ones_like(prompts), "max_new_tokens": 12, "block_length": block_length}
+    ids = model.generate(prompts, **inputs, stop_at_eos=False, **options)
     assert ids.tolist() == expected.tolist()
+
+
+def test_a_step_of_a_loop_of_others_does_the_work_of_the_original(tiny):
+    model = tiny("llada")
+    prompts = torch.randint(3, 400, (2, 7), generator=torch.Generator().manual_seed(0))
+    runs = {}
+    for method, (loop, _) in reference.METHODS.items():
+        with Probe(model) as probe:
+            loop(model, prompts, max_new_tokens=8, block_length=4)
+        runs[method] = [(one.queries, one.keys, one.head_rows) for one in probe.forwards]
+    assert runs["LLaDA"] == 8 * [(15, 15, 15)]
+    assert runs["Fast-dLLM prefix"] == [(15, 15, 15)] + 3 * [(8, 15, 8)] + [(15, 15, 15)] + 3 * [(4, 15, 4)]
+    assert runs["Fast-dLLM dual"] == 2 * ([(15, 15, 15)] + 3 * [(4, 15, 4)])
+    assert runs["FlashDLM freecache"] == [(15, 15, 15)] + 3 * [(8, 15, 8)] + 4 * [(4, 15, 4)]
+
+
+def test_references_are_compared_with_our_settings_for_them(bench, tmp_path, capsys):
+    path = tmp_path / "record.json"
+    arguments = "--prompt-length 16 --block-length 4 --json".split()
+    bench(*SHORT, *arguments, str(path), "--reference", reference.__file__)
+    printed = capsys.readouterr().out.splitlines()
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == [one for name in reference.METHODS for one in (f"{name} (ours)", name)]
+    for name in reference.METHODS:
+        ours, other = rows[f"{name} (ours)"], rows[name]
+        assert ours["like"] == name and other["like"] is None
+        assert ours["equal_share"] == 1 and ours["nfe"] == other["nfe"]
+        assert ours["speed_over_like"] == other["seconds"] / ours["seconds"]
+    assert rows["LLaDA (ours)"]["kept_bytes"] == rows["LLaDA"]["kept_bytes"] == 0
+    assert rows["Fast-dLLM dual (ours)"]["kept_bytes"] == 4 * 2 * 6 * 128 * (16 + 8)
+    header = next(index for index, line in enumerate(printed) if line.split()[-1:] == ["equal%"])
+    assert [line.split("  ")[0] for line in printed[header + 1 : -1]] == [
+        f"{name} (ours)" for name in reference.METHODS
+    ]
+    times = sorted(row["speed_over_like"] for row in rows.values() if row["like"])
+    assert printed[-1] == f"times: {times[0]:.2f} to {times[-1]:.2f}, median {times[3]:.2f}"
+
+
+def test_compiled_forwards_are_measured_beside_the_others(bench, tmp_path, monkeypatch, capsys):
+    eager = CompileConfig(backend="eager", mode=None)
+    monkeypatch.setattr(measuring, "compile_config", lambda device: eager)
+    path = tmp_path / "record.json"
+    bench(*SHORT, "--methods", "freecache,guided,ar", "--compile", "--json", str(path))
+    rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
+    assert list(rows) == ["freecache", "freecache (compiled)", "guided", "guided (compiled)", "ar"]
+    for name in ("freecache", "guided"):
+        plain, compiled = rows[name], rows[f"{name} (compiled)"]
+        assert not plain["compiled"] and compiled["compiled"] and compiled["like"] == name
+        assert compiled["equal_share"] == 1 and compiled["nfe"] == plain["nfe"]
+        assert compiled["guider_forwards"] == plain["guider_forwards"]
+        assert 0 < compiled["outside_forwards_share"] < 1
+        assert compiled["warm_up_seconds"] > compiled["seconds"], "it compiled before the runs"
+    assert "freecache (compiled)" in capsys.readouterr().out.partition("equal%")[2]
+
+
+def test_graphs_are_captured_where_launches_cost():
+    assert measuring.compile_config(torch.device("cuda")).mode == "reduce-overhead"
+    assert measuring.compile_config(torch.device("cpu")).mode is None
+
+
+def test_steps_write_several_tokens_each(bench, tmp_path):
+    path = tmp_path / "record.json"
+    options = "--random-weights --steps 2 --block-length 4 --methods plain,freecache --fill-canvas --json".split()
+    bench(*SHORT, *options, str(path))
+    for row in json.loads(path.read_text())["rows"]:
+        assert row["nfe"] == 2 and row["tokens_per_forward"] == 4
+        assert row["milliseconds_per_step"] == 1000 * row["seconds"] / 2
+
+
+def test_random_weights_take_prompts_of_any_length(bench, capsys):
+    long = "--random-weights --prompt-length 600 --steps 1 --block-length 8 --methods freecache,guided,ar".split()
+    bench(*SHORT, *long)
+    assert " 608 " in capsys.readouterr().out
 
 
 def test_the_record_has_its_schema_and_is_the_last_line(bench, capsys):
@@ -96,16 +162,17 @@ def test_the_record_has_its_schema_and_is_the_last_line(bench, capsys):
 def test_random_weights_and_long_prompts(bench, tmp_path):
     path = tmp_path / "record.json"
     options = "--new-tokens 6 --block-length 3 --batch-size 1,2 --repeats 1 --prompt-length 11 --device cpu".split()
-    options += ["--methods", "plain,freecache,guided,reference plain", "--reference", reference.__file__]
+    options += ["--methods", "plain,freecache,guided,LLaDA", "--reference", reference.__file__]
     bench("--config", "tiny", *options, "--problems", "2", "--json", str(path))
     trained = json.loads(path.read_text())["rows"]
     bench("--config", "tiny", "--random-weights", *options, "--json", str(path))
     rows = json.loads(path.read_text())["rows"]
     for name in ("active_tokens", "nfe"):
         assert rows[0][name] == trained[0][name]
-    assert [row["batch_size"] for row in rows] == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert [row["batch_size"] for row in rows] == 5 * [1] + 5 * [2]
     assert rows[0]["nfe"] == 6 and rows[0]["active_tokens"] == 6 * (11 + 6)
-    assert rows[3]["method"] == "reference plain" and rows[3]["active_tokens"] == rows[0]["active_tokens"]
+    assert [row["method"] for row in rows[3:5]] == ["LLaDA (ours)", "LLaDA"]
+    assert {row["active_tokens"] for row in rows[3:5]} == {rows[0]["active_tokens"]}
     assert rows[0]["accuracy"] is None and trained[0]["accuracy"] is not None
 
 
@@ -305,6 +372,8 @@ def test_the_cost_model_counts_as_one_would_by_hand(tiny):
     flops_bound, bytes_bound = Ceilings(1.0, 1e30), Ceilings(1e30, 1.0)
     assert cost.floor_seconds([forward, forward], flops_bound) == 2 * cost.flops(forward)
     assert cost.floor_seconds([forward], bytes_bound) == cost.bytes(forward)
+    kept = [Forward(2, 3, keys, 1, cached=keys < 6) for keys in (4, 5, 6)]
+    assert cost.kept_bytes(kept) == 4 * 2 * 2 * 5 * config.n_layers * config.n_kv_heads * head_dim
 
 
 def test_a_probe_sees_each_forward_and_is_gone_afterwards(tiny):
@@ -314,11 +383,29 @@ def test_a_probe_sees_each_forward_and_is_gone_afterwards(tiny):
         output = model.generate(
             prompt, max_new_tokens=4, block_length=2, steps=4, stop_at_eos=False, return_dict_in_generate=True
         )
-    assert probe.forwards[0] == Forward(rows=1, queries=8, keys=8, head_rows=2)
+    assert probe.forwards[0] == Forward(rows=1, queries=8, keys=8, head_rows=2, cached=True)
     assert len(probe.forwards) == output.nfe == 4
     assert sum(one.queries for one in probe.forwards) == output.active_tokens
     assert probe.seconds > 0
     assert not model._forward_hooks and not model._forward_pre_hooks
+    assert "get_compiled_call" not in vars(model)
+
+
+def test_a_probe_does_not_become_part_of_what_is_compiled(tiny):
+    model, counted = tiny("llada"), []
+    prompt = torch.tensor([[5, 70, 200, 41]])
+    options = {"max_new_tokens": 4, "block_length": 2, "steps": 4, "stop_at_eos": False, "window_policy": "dual"}
+    torch.compiler.reset()
+    counters.clear()
+    for _ in range(3):
+        with Probe(model) as probe:
+            model.generate(prompt, **options, compile_config=CompileConfig(backend="eager", mode=None))
+        counted.append(
+            (len(probe.forwards), counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+        )
+    torch.compiler.reset()
+    assert counted[0][0] == 4 and counted[0][1] > 0 and counted[0][2] == 0
+    assert counted[1] == counted[2] == counted[0], "a probe is part of no graph"
 
 
 def test_peak_memory_sees_a_tensor_that_is_gone():
@@ -364,6 +451,7 @@ def test_a_table_is_aligned():
         (["--config", "tiny", "--reference", comparison.__file__ + "x"], "`--reference` must be a Python file"),
         (["--config", "tiny", "--guiders", "a,b"], "`--guiders` belongs to `--ablate`"),
         (["--ablate", "--config", "tiny"], "`--config` has no meaning with `--ablate`"),
+        (["--ablate", "--compile"], "`--compile` has no meaning with `--ablate`"),
         (["--ablate", "--batch-size", "1,4"], "`--batch-size` must be one number with `--ablate`"),
         (["--ablate", "--plot", "/no/such"], "`--plot` must be a folder that exists for an ablation"),
         (["--ablate", "--guiders", "a/model"], "`--guiders` must be folders of different names"),
@@ -381,10 +469,11 @@ def test_a_mistake_is_one_sentence(bench, arguments, message):
 
 
 def test_a_reference_without_methods_and_uneven_prompts_are_refused(bench, tmp_path):
-    (tmp_path / "loops.py").write_text("LOOPS = {}\n")
-    with pytest.raises(ValueError, match="must define METHODS"):
-        bench(*SHORT, "--reference", str(tmp_path / "loops.py"))
-    uneven = [*SHORT, "--batch-size", "4", "--reference", reference.__file__, "--methods", "reference plain"]
+    for text in ("LOOPS = {}\n", "METHODS = []\n", "METHODS = {'a': print}\n"):
+        (tmp_path / "loops.py").write_text(text)
+        with pytest.raises(ValueError, match="must define METHODS"):
+            bench(*SHORT, "--reference", str(tmp_path / "loops.py"))
+    uneven = [*SHORT, "--batch-size", "4", "--reference", reference.__file__, "--methods", "LLaDA"]
     with pytest.raises(ValueError, match="take prompts of one length: add `--prompt-length`"):
         bench(*uneven)
 
@@ -408,7 +497,7 @@ def test_help_names_every_option(capsys):
     printed = capsys.readouterr().out.partition("options:")[2]
     for name in (
         "model config random-weights guider prompt-length new-tokens block-length problems batch-size methods "
-        "fill-canvas reference repeats threads dtype device seed ablate guiders json show plot"
+        "fill-canvas reference compile steps repeats threads dtype device seed ablate guiders json show plot"
     ).split():
         assert f"--{name}" in printed
 
@@ -419,4 +508,4 @@ def test_threads_and_recipe_defaults(bench, monkeypatch, capsys):
     bench(*SHORT, "--methods", "plain-eos", "--threads", "2", "--fill-canvas")
     assert " 8.0 " in capsys.readouterr().out
     assert seen == [2]
-    assert Recipe("a") == Recipe("a", {}, None, {}, None, True)
+    assert Recipe("a") == Recipe("a", {}, None, {}, None, True, False, None)

@@ -21,6 +21,13 @@ def test_the_speed_table_is_what_bench_shows_of_its_record():
     assert f"```\n{report_comparison(record('bench'))}\n```" in README
 
 
+@pytest.mark.parametrize("method", ["plain", "freecache"])
+def test_tokens_per_second_grow_with_the_batch(method):
+    rows = {row["batch_size"]: row for row in record("bench")["rows"] if row["method"] == method}
+    assert list(rows) == [1, 4, 16]
+    assert rows[1]["tokens_per_second"] < rows[4]["tokens_per_second"] < rows[16]["tokens_per_second"]
+
+
 def test_the_table_of_guiders_is_of_the_ablation():
     rows = {(row["group"], row["name"]): row for row in record("ablation")["rows"]}
     shown = [cells for cells in CELLS if len(cells) == 6 and tuple(cells[:2]) in rows]
