@@ -2,6 +2,9 @@
 
 import argparse
 import json
+import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import reference
@@ -487,6 +490,42 @@ def test_plots_without_matplotlib_are_refused(bench, tmp_path, monkeypatch):
     )
     with pytest.raises(ValueError, match="needs matplotlib"):
         bench(*SHORT, "--plot", str(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("small", ["1", ""])
+def test_the_script_for_a_gpu_measures_each_case_once(tmp_path, small):
+    log, stub, folder = tmp_path / "log", tmp_path / "stub", tmp_path / "results"
+    # Writes down how it was called, and what it was asked to write, but for the first call of all.
+    stub.write_text(
+        f'#!/bin/sh\necho "$@" >> {log}\n[ -e {tmp_path}/failed ] || {{ touch {tmp_path}/failed; exit 1; }}\n'
+        'while [ "$1" != --json ]; do shift; done\ntouch "$2"\n'
+    )
+    stub.chmod(0o755)
+    script = ["bash", Path(__file__).parents[1] / "examples" / "gpu.sh", folder]
+    environment = os.environ | {"SMALL": small, "FLASHDLM": str(stub)}
+
+    def run(**more):
+        done = subprocess.run(script, env=environment | more, capture_output=True, text=True)
+        calls = log.read_text().splitlines() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return done, calls
+
+    late, none = run(BUDGET="0")
+    assert late.returncode == 1 and none == [] and "no time left" in late.stderr
+    first, calls = run()
+    assert first.returncode == 1 and first.stderr.count("failed:") == 1
+    second, again = run()
+    assert second.returncode == 0 and again == calls[:1], "only what failed is measured again"
+    third, nothing = run()
+    assert third.returncode == 0 and nothing == []
+    parser = Parser()
+    benchmark.add_commands(parser.add_subparsers())
+    for call in calls:
+        args = parser.parse_args(call.split())
+        assert set(args.methods) <= set(comparison.recipes(1, 1))
+        DiffusionOptions(steps=args.steps or args.new_tokens, block_length=32).blocks(args.new_tokens)
+    sizes = {(args.prompt_length, args.new_tokens) for args in (parser.parse_args(call.split()) for call in calls)}
+    assert small or {(128, 256), (128, 1024), (1024, 256), (1024, 1024), (32512, 256)} == sizes
 
 
 def test_help_names_every_option(capsys):
