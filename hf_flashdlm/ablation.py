@@ -138,8 +138,8 @@ def measure_setting(models: Models, setting: Setting, workload: Workload, repeat
 
 
 def pooled(runs: list[Run]) -> Run:
-    """One run over what several went over; without their single forwards."""
-    names = [field.name for field in fields(Run) if field.name != "forwards"]
+    """One run over what several went over; without their single forwards and tokens."""
+    names = [field.name for field in fields(Run) if field.name not in ("forwards", "canvases")]
     return Run(**{name: sum(getattr(one, name) for one in runs) for name in names})
 
 

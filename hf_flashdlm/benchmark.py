@@ -15,10 +15,11 @@ import torch
 from transformers.utils import logging
 
 from .ablation import report_ablation, run_ablation
-from .comparison import compare, recipes, report_comparison
+from .comparison import compare, report_comparison
 from .machine import commit, describe_machine, versions
 from .measuring import write_json
 from .prompting import check_device
+from .recipes import recipes
 from .shapes import GUIDER_SHAPES, SHAPES
 
 

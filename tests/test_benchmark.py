@@ -24,6 +24,7 @@ from hf_flashdlm.guider import ARGuider
 from hf_flashdlm.machine import Ceilings, CostModel, Forward, Probe, commit, peak_memory
 from hf_flashdlm.measuring import Models, Recipe, Run, format_table, problem_workload
 from hf_flashdlm.prompting import Checkpoint
+from hf_flashdlm.recipes import recipes
 
 
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
@@ -194,10 +195,10 @@ def test_shapes_of_the_large_models(name, guider):
 
 
 def test_every_method_has_options_that_generate_takes():
-    for recipe in comparison.recipes(16, 4).values():
+    for recipe in recipes(16, 4).values():
         DiffusionOptions(**recipe.options)
         ARGuider(None, **recipe.rule)
-    assert list(comparison.recipes(16, 4))[:2] == ["plain", "plain-eos"]
+    assert list(recipes(16, 4))[:2] == ["plain", "plain-eos"]
 
 
 def test_every_row_of_the_ablation_has_options_that_generate_takes():
@@ -522,7 +523,7 @@ def test_the_script_for_a_gpu_measures_each_case_once(tmp_path, small):
     benchmark.add_commands(parser.add_subparsers())
     for call in calls:
         args = parser.parse_args(call.split())
-        assert set(args.methods) <= set(comparison.recipes(1, 1))
+        assert set(args.methods) <= set(recipes(1, 1))
         DiffusionOptions(steps=args.steps or args.new_tokens, block_length=32).blocks(args.new_tokens)
     sizes = {(args.prompt_length, args.new_tokens) for args in (parser.parse_args(call.split()) for call in calls)}
     assert small or {(128, 256), (128, 1024), (1024, 256), (1024, 1024), (32512, 256)} == sizes

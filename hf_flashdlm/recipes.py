@@ -1,0 +1,103 @@
+"""The methods that `flashdlm bench` compares: ours by name, the caller's loops, and compiled twins of ours.
+
+Owns which settings make which method, and which of them write the same tokens. Knows nothing of how they are measured.
+"""
+
+import runpy
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from .measuring import Models, Recipe
+
+
+def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
+    """The methods that can be compared, by name; the first two are the baselines."""
+    plain = {"window_policy": "none", "steps": steps}
+    one = {"steps": steps}
+    sure = {"confidence_threshold": 0.9}
+    window = {"right_window": 2 * block_length}
+    both = {"combine": "intersection", "confidence_threshold": 0.5}
+    table = [
+        Recipe("plain", plain | {"stop_at_eos": False}),
+        Recipe("plain-eos", plain),
+        Recipe("prefix", one | {"window_policy": "prefix"}),
+        Recipe("dual", one | {"window_policy": "dual"}),
+        Recipe("dkv", one | {"window_policy": "dkv"}),
+        Recipe("freecache", one | {"window_policy": "freecache"}),
+        Recipe("freecache+window", one | {"window_policy": "freecache"} | window),
+        Recipe("plain+threshold", sure | {"window_policy": "none"}),
+        Recipe("prefix+threshold", sure | {"window_policy": "prefix"}),
+        Recipe("dual+threshold", sure | {"window_policy": "dual"}),
+        Recipe("freecache+threshold", sure | {"window_policy": "freecache"}),
+        Recipe("freecache+window+threshold", sure | {"window_policy": "freecache"} | window),
+        Recipe("guided", {"window_policy": "freecache"}, "guider"),
+        Recipe("guided+window", {"window_policy": "freecache"} | window, "guider"),
+        Recipe("guided+union", {"window_policy": "freecache"}, "guider", {"combine": "union"}),
+        Recipe("guided+intersection", {"window_policy": "freecache"}, "guider", both),
+        Recipe("guided+window+intersection", {"window_policy": "freecache"} | window, "guider", both),
+        Recipe("ar", loop=decode_twin, speaks=False),
+    ]
+    return {recipe.name: recipe for recipe in table}
+
+
+def decode_twin(models: Models, inputs: dict, options: dict) -> torch.LongTensor:
+    """The autoregressive model of the same shape, with the host's own loop and cache."""
+    return models.twin.generate(**inputs, max_new_tokens=options["max_new_tokens"], do_sample=False)
+
+
+def references(path: str | None, steps: int) -> dict[str, list[Recipe]]:
+    """By name, loops of the user's from the `METHODS` of a Python file, each behind ours with its settings."""
+    if path is None:
+        return {}
+    if not Path(path).is_file():
+        raise ValueError(f"`--reference` must be a Python file, got {path!r}.")
+    methods = runpy.run_path(path).get("METHODS")
+    try:
+        entries = [(name, loop, dict(options)) for name, (loop, options) in methods.items()]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"`--reference` must define METHODS, a dict of pairs (loop, options of ours) by name, got {path!r}."
+        ) from error
+    found = {}
+    for name, loop, options in entries:
+        if "confidence_threshold" not in options:
+            options["steps"] = steps
+        ours = Recipe(f"{name} (ours)", options | {"stop_at_eos": False}, like=name)
+        found[name] = [ours, Recipe(name, loop=reference_loop(loop))]
+    return found
+
+
+def reference_loop(loop):
+    """A loop `(model, input_ids, max_new_tokens=, block_length=) -> ids` in the form of a recipe's."""
+
+    def decode(models: Models, inputs: dict, options: dict) -> torch.LongTensor:
+        if not inputs["attention_mask"].all():
+            raise ValueError("`--reference` loops take prompts of one length: add `--prompt-length`.")
+        sizes = {name: options[name] for name in ("max_new_tokens", "block_length")}
+        return loop(models.model, inputs["input_ids"], **sizes)
+
+    return decode
+
+
+def compiled(recipe: Recipe) -> Recipe | None:
+    """The same with compiled forwards, where the loop is ours."""
+    if recipe.loop is not None:
+        return None
+    return replace(recipe, name=f"{recipe.name} (compiled)", compiled=True, like=recipe.name)
+
+
+def choose(
+    wanted: list[str] | None, known: dict[str, Recipe], pairs: dict[str, list[Recipe]], models: Models
+) -> list[Recipe]:
+    """The methods asked for: by default the pairs with references, without those all that the models serve."""
+    if wanted is None:
+        everything = sum(pairs.values(), []) or known.values()
+        return [recipe for recipe in everything if recipe.guider is None or models.guiders]
+    for name in wanted:
+        if name not in known and name not in pairs:
+            raise ValueError(f"`--methods` must be some of {', '.join([*known, *pairs])}, got {name!r}.")
+        if name in known and known[name].guider is not None and not models.guiders:
+            raise ValueError(f"`--methods` {name} needs a guider: add `--guider`.")
+    return [recipe for name in wanted for recipe in pairs.get(name) or [known[name]]]
