@@ -31,7 +31,7 @@ class Forward:
 
     def __init__(self, model, compile_config=None):
         self.model, self.compile_config = model, compile_config
-        if compile_config in _failed.get(model.get_input_embeddings(), ()):
+        if compile_config is not None and compile_config in _failed.get(model.get_input_embeddings(), ()):
             self.compile_config = None
 
     def __call__(self, past_key_values=None, **inputs):

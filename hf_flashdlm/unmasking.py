@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 
-MAX_LOG_ODDS = 80.0  # e^80 is still a number in float32; a draft as unlikely as that is one all the same
+MAX_ODDS = 1e38  # a draft that unlikely is one all the same
 
 
 def gumbel(like: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -30,14 +30,15 @@ def draft(
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Processed logits in float32.
-        mask_token_id (`int`): Never drafted; a position whose only finite score is its is refused: probability 0.
+        mask_token_id (`int`): Never drafted; a position whose only finite score is its is refused.
         temperature (`float`, *optional*): What the scores have been divided by: tokens are drawn from them. Without it
             the most likely are taken.
         generator (`torch.Generator`, *optional*): Source of the noise when drawing.
 
     Returns:
-        `tuple`: token ids and their probabilities at temperature 1, both of shape `(batch_size, num_positions)`. The
-        probabilities are in float64, where those near 1 keep their order; nothing over the vocabulary is.
+        `tuple`: token ids and their probabilities at temperature 1, both of shape `(batch_size, num_positions)`;
+        `-inf` where the position is refused. The probabilities are in float64, where those near 1 keep their order;
+        nothing over the vocabulary is.
     """
     others = scores.clone()
     others[..., mask_token_id] = -torch.inf
@@ -46,10 +47,10 @@ def draft(
     log_odds = scores - scores.gather(-1, token_ids)  # against the draft, of each other token
     if temperature is not None:
         log_odds *= temperature
-    odds = log_odds.clamp_max_(MAX_LOG_ODDS).exp_().scatter_(-1, token_ids, 0.0)
+    odds = log_odds.exp_().scatter_(-1, token_ids, 0.0)
     odds = odds.sum(-1, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)
     # Where nothing but the mask token is finite, the odds are not a number.
-    return token_ids.squeeze(-1), odds.add_(1).reciprocal_().nan_to_num_(0.0)
+    return token_ids.squeeze(-1), odds.clamp_max_(MAX_ODDS).add_(1).reciprocal_().nan_to_num_(-torch.inf)
 
 
 def negative_entropy(scores: torch.Tensor) -> torch.Tensor:
@@ -87,17 +88,18 @@ class Drafter:
 
     def __call__(self, scores: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
         """Token ids and confidence, both `(batch_size, num_positions)`; `-inf` where the position is refused."""
+        token_ids, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
+        confidence = probability
         if self.confidence in ("margin", "entropy"):
             measure = margin if self.confidence == "margin" else negative_entropy
             confidence = measure(scores if self.temperature is None else scores * self.temperature)
-        token_ids, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
-        if self.confidence == "probability":
-            confidence = probability
         elif self.confidence == "random":
             confidence = torch.rand(probability.shape, generator=self.generator, device=scores.device)
         if self.position_temperature:
             confidence = confidence / self.position_temperature + gumbel(confidence, self.generator)
-        return token_ids, confidence.masked_fill(probability == 0, -torch.inf)
+        if confidence is not probability:
+            confidence = confidence.masked_fill(probability == -torch.inf, -torch.inf)
+        return token_ids, confidence
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,7 @@ def select(
     Returns:
         `torch.BoolTensor` of shape `(batch_size, num_positions)`.
     """
-    ranked, order = confidence.masked_fill(~candidate, -torch.inf).sort(dim=1, descending=True, stable=True)
+    ranked, order = torch.where(candidate, confidence, -torch.inf).sort(dim=1, descending=True, stable=True)
     count = quota if rule is None else torch.maximum(rule(ranked), quota)
     chosen = torch.arange(ranked.shape[1], device=ranked.device) < count[:, None]
     return torch.zeros_like(chosen).scatter_(1, order, chosen & (ranked > -torch.inf))

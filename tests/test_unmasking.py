@@ -53,8 +53,8 @@ def test_among_equals_the_first_token_is_drafted():
 @pytest.mark.parametrize(
     ("scores", "probability"),
     [
-        ([-inf, -inf, -inf, 0.0], 0),  # refused: the mask token alone is left
-        ([-inf, -inf, -inf, -inf], 0),  # nothing is left
+        ([-inf, -inf, -inf, 0.0], -inf),  # refused: the mask token alone is left
+        ([-inf, -inf, -inf, -inf], -inf),  # nothing is left
         ([-inf, 2.0, -inf, -inf], 1),
         ([-inf, 0.0, -inf, 0.0], 0.5),
     ],
