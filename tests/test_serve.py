@@ -24,7 +24,8 @@ from hf_flashdlm.prompting import Checkpoint, load_guider
 for name in ("fastapi", "openai", "uvicorn", "transformers.cli.transformers"):
     pytest.importorskip(name)
 
-QUESTION = json.loads((TINY / "problems.jsonl").read_text(encoding="utf-8").splitlines()[0])["question"]
+# A short answer, and another one with the guider.
+QUESTION = json.loads((TINY / "problems.jsonl").read_text(encoding="utf-8").splitlines()[9])["question"]
 HOST = [sys.executable, "-m", "transformers.cli.transformers"]
 SECONDS_TO_START = 120
 
