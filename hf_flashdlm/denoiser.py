@@ -34,6 +34,7 @@ class Denoiser:
     ):
         self.forward = Forward(model, compile_config)
         self.is_static = compile_config is not None
+        self.takes_broadcast = model.config._attn_implementation == "sdpa"
         self.cache = cache
         self.shift = logits_shift
         self.first = canvas_mask.argmax(1).tolist()  # where each row begins, behind its padding
@@ -170,8 +171,8 @@ class Denoiser:
         """How many leading keys the queries are given; a mask hides those that a row does not see."""
         return self.canvas_mask.shape[1] if self._sees_all else max(attended)
 
-    def _attention_mask(self, attended: list[int]) -> torch.LongTensor | None:
-        """2D mask over the attended keys, `None` where every row sees them all."""
+    def _attention_mask(self, attended: list[int]) -> torch.Tensor | None:
+        """Mask over the attended keys, `None` where every row sees them all."""
         longest = self._num_keys(attended)
         uneven = self._sees_all or min(attended) < longest
         if not self.padded and not uneven:
@@ -180,7 +181,9 @@ class Denoiser:
         if uneven:
             device = mask.device
             mask = mask * (torch.arange(longest, device=device) < torch.tensor(attended, device=device)[:, None])
-        return mask
+        # All queries of a row see the same keys. The host would write that out for each of them, queries times keys;
+        # the one backend that takes a mask which broadcasts is spared it.
+        return mask.bool()[:, None, None] if self.takes_broadcast else mask
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""

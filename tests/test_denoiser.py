@@ -236,6 +236,33 @@ def test_positions_are_counted_from_the_first_token_behind_the_padding(model, fo
     assert forwards[1]["position_ids"].tolist() == [[2, 3, 3], [6, 7, 8]], "the shorter row repeats its last position"
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_mask_of_queries_times_keys_is_built_where_the_kernel_can_do_without(model, monkeypatch, cached):
+    masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    for padding in (0, 3):
+        mask = all_seen()
+        mask[0, :padding] = 0
+        denoiser = denoiser_of(model, mask, cached)
+        denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), torch.tensor([4, 4]))
+        assert masks and all(one is None if not padding else one.shape == (2, 1, 1, LENGTH) for one in masks)
+        masks.clear()
+
+
+def test_other_backends_get_the_mask_of_the_host(model, forwards):
+    mask = all_seen()
+    mask[0, :3] = 0
+    denoiser = denoiser_of(model, mask)
+    denoiser.takes_broadcast = False
+    denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), torch.tensor([4, 4]))
+    assert torch.equal(forwards[0]["attention_mask"], mask)
+
+
 # Classifier-free guidance
 
 
