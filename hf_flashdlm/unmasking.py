@@ -47,10 +47,11 @@ def draft(
     log_odds = scores - scores.gather(-1, token_ids)  # against the draft, of each other token
     if temperature is not None:
         log_odds *= temperature
-    odds = log_odds.exp_().scatter_(-1, token_ids, 0.0).sum(-1).clamp_max_(MAX_ODDS)
-    odds = odds.to(torch.float32 if scores.device.type == "mps" else torch.float64)
+    odds = log_odds.exp_().scatter_(-1, token_ids, 0.0)
+    # Only the sum is in float64: in float32 equal distributions of other tokens would not have equal sums.
+    odds = odds.sum(-1, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)
     # Where nothing but the mask token is finite, the odds are not a number.
-    return token_ids.squeeze(-1), (1 + odds).reciprocal_().nan_to_num_(-torch.inf)
+    return token_ids.squeeze(-1), odds.clamp_max_(MAX_ODDS).add_(1).reciprocal_().nan_to_num_(-torch.inf)
 
 
 def negative_entropy(scores: torch.Tensor) -> torch.Tensor:
