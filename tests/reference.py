@@ -10,7 +10,8 @@
   appended to in each forward; the dual cache writes into those of the full forward, row by row.
 * `flashdlm_freecache`: `generate_block_cached` of
   https://github.com/ZhanqiuHu/flash-dlm-experimental/blob/main/src/model/llada_v2/generate.py. Keys and values are
-  written into buffers behind those of finished blocks, whose last step, before its token is written, freezes them.
+  written into buffers behind those of finished blocks, whose last step, before its token is written, freezes them. It
+  decodes one prompt after another.
 
 The loops alone are compared: the model's code is ours in both, and in the originals does more (it rotates all cached
 keys in each forward; FlashDLM's keeps queries, too). The loops take prompts of one length, fill the canvas and write
@@ -85,6 +86,8 @@ def fastdllm_dual(model, input_ids, max_new_tokens, block_length, threshold=None
 @torch.no_grad()
 def flashdlm_freecache(model, input_ids, max_new_tokens, block_length):
     """FlashDLM's FreeCache (https://arxiv.org/abs/2505.21467, algorithm 1): after one full forward, from the block."""
+    if len(input_ids) > 1:  # the original's canvas has one row
+        return torch.cat([flashdlm_freecache(model, row[None], max_new_tokens, block_length) for row in input_ids])
     canvas = _start(model, input_ids, max_new_tokens)
     cache = BlockCache(canvas.shape[1])
     for start, stop in _blocks(input_ids, canvas, block_length):
