@@ -63,7 +63,8 @@ class FreeCacheLayer(DynamicLayer):
             buffer[:, :, self.target.start : self.target.stop] = states
         else:
             # A row with fewer positions than the others repeats one: both copies hold the same states.
-            buffer.scatter_(2, self.target.positions[:, None, :, None].expand_as(states), states)
+            rows = torch.arange(len(states), device=states.device)[:, None]
+            buffer.transpose(1, 2)[rows, self.target.positions] = states.transpose(1, 2)
 
     def get_seq_length(self) -> int:
         return self.target.start
