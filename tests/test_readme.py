@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -45,6 +46,25 @@ def test_the_time_outside_of_a_forward_is_that_of_the_record():
     outside = [1000 * row["seconds"] * row["outside_forwards_share"] for row in rows]
     milliseconds = [f"{one / count:.1f}" for one, count in zip(outside, forwards, strict=True)]
     assert f"forwards are {min(milliseconds)} to {max(milliseconds)} ms at batch 1" in " ".join(README.split())
+
+
+def test_the_comparison_with_other_loops_is_its_record():
+    rows, text = record("reference")["rows"], " ".join(README.split())
+    pairs = [row for row in rows if row["like"] is not None]
+    assert all(row["equal_share"] > 0.9 for row in pairs) and len(pairs) == 21
+    shown = {cells[0]: cells[1:] for cells in CELLS}
+    for row in pairs:
+        assert shown[row["like"]][[1, 4, 16].index(row["batch_size"])] == f"{row['speed_over_like']:.2f}x"
+    assert f"The median is {median(row['speed_over_like'] for row in pairs):.2f}x" in text
+    others = [row for row in rows if row["like"] is None and row["batch_size"] == 1]
+    bounds = [f"{1 / (1 - row['outside_forwards_share']):.2f}" for row in others]
+    assert f"no loop could be more than {min(bounds)} to {max(bounds)} times as fast" in text
+
+
+def test_the_memory_of_a_long_prompt_is_that_of_its_record():
+    (row,) = record("long")["rows"]
+    kept, peak = (f"{row[name] / 1e6:.0f} MB" for name in ("kept_bytes", "peak_memory_bytes"))
+    assert f"keeps {kept} of keys and values and peaks at {peak} beside" in " ".join(README.split())
 
 
 def test_what_is_said_of_the_guiders_is_what_the_ablation_found():
