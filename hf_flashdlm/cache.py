@@ -91,8 +91,7 @@ class FreeCacheLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.is_initialized:
-            self.keys = self.keys[indices.to(self.keys.device)]
-            self.values = self.values[indices.to(self.values.device)]
+            self.keys, self.values = (_select(states, indices) for states in (self.keys, self.values))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -257,6 +256,16 @@ class FreeCache(DynamicCache):
         self.frozen, self.lowest = [0], [0]
         self.target.start, self.target.stop, self.target.positions, self.target.attended = 0, None, None, None
         self.target.computed = 0
+
+
+def _select(states: torch.Tensor, indices: torch.LongTensor) -> torch.Tensor:
+    """The rows `indices` of `states`: in place, where rows from behind them take the places of others."""
+    moved = [(place, index) for place, index in enumerate(indices.tolist()) if place != index]
+    if any(index < len(indices) for _, index in moved):
+        return states.index_select(0, indices.to(states.device))
+    for place, index in moved:
+        states[place] = states[index]
+    return states[: len(indices)]
 
 
 def _any_below(lengths: list[int], bounds: list[int]) -> bool:

@@ -46,8 +46,8 @@ class Denoiser:
         self,
         canvas: torch.LongTensor,
         windows: list[Window],
-        positions: torch.LongTensor,
-        frontier: torch.LongTensor,
+        positions: list[range],
+        frontier: list[int],
     ) -> tuple[torch.Tensor, list[int]]:
         r"""
         One forward over the windows.
@@ -56,18 +56,17 @@ class Denoiser:
             canvas (`torch.LongTensor` of shape `(batch_size, canvas_length)`): Token ids, masks included.
             windows (`list[Window]`):
                 The positions of each row to recompute; with a cache, those before them are frozen.
-            positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
-                Consecutive positions to score, on the CPU. Those outside the row's window, or before its frontier, get
-                meaningless scores.
-            frontier (`torch.LongTensor` of shape `(batch_size,)`):
-                First position of each row whose scores matter, on the CPU.
+            positions (`list[range]`):
+                The positions of each row to score, as many for all. Those outside the row's window, or before its
+                frontier, get meaningless scores.
+            frontier (`list[int]`): First position of each row whose scores matter.
 
         Returns:
             `tuple`: logits in float32 of shape `(batch_size, num_positions, vocab_size)`, and for each row the number
             of query positions computed.
         """
-        feed, slots, computed = self._plan(windows, positions, frontier.tolist())
-        num_positions = positions.shape[1]
+        feed, slots, computed = self._plan(windows, positions, frontier)
+        num_positions = len(positions[0])
         if isinstance(slots, int):
             first, last = slots, slots + num_positions - 1
         else:
@@ -84,18 +83,18 @@ class Denoiser:
             use_cache=self.cache is not None,
             logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
         ).logits
-        if isinstance(slots, int):
-            logits = logits[:, :num_positions]
-        else:
+        if not isinstance(slots, int):
             rows = torch.arange(len(slots), device=logits.device)[:, None]
             logits = logits[rows, (slots - first).to(logits.device)]
+        elif self.is_static:
+            logits = logits[:, :num_positions]
         return logits.float(), computed
 
     def _width(self, width: int) -> int:
         """`width`, or for static shapes the next of the few that are compiled."""
         return -(-width // WIDTH_STEP) * WIDTH_STEP if self.is_static else width
 
-    def _plan(self, windows: list[Window], positions: torch.LongTensor, frontier: list[int]):
+    def _plan(self, windows: list[Window], positions: list[range], frontier: list[int]):
         """
         What to feed, as a slice where all rows agree and `(B, n)` positions elsewhere; the slots of it whose output
         scores the positions, as the first of consecutive ones where all rows agree and `(B, N)` elsewhere; how many
@@ -126,22 +125,22 @@ class Denoiser:
         self.cache.scatter(feed, attended)
         return feed.to(self.canvas_mask.device), slots, computed
 
-    def _slots(self, positions: torch.LongTensor, lows: list[int], width: int) -> int | torch.LongTensor:
+    def _slots(self, positions: list[range], lows: list[int], width: int) -> int | torch.LongTensor:
         """Where in windows of `width` positions that begin at `lows` stands what scores the `positions`."""
-        starts = positions[:, 0].tolist()
+        starts = [one.start for one in positions]
         slots = {start - self.shift - lo for start, lo in zip(starts, lows, strict=True)}
         is_even = len(slots) == 1 and all(
             start - self.shift >= begin for start, begin in zip(starts, self.first, strict=True)
         )
-        if is_even and 0 <= min(slots) <= width - positions.shape[1]:
+        if is_even and 0 <= min(slots) <= width - len(positions[0]):
             return min(slots)
         return (self._source(positions) - torch.tensor(lows)[:, None]).clamp(0, width - 1)
 
-    def _source(self, positions: torch.LongTensor) -> torch.LongTensor:
-        """The positions whose output scores `positions`; a row's first token has none, and gets its own."""
-        return torch.maximum(positions - self.shift, torch.tensor(self.first)[:, None])
+    def _source(self, positions: list[range]) -> torch.LongTensor:
+        """The positions `(B, N)` whose output scores `positions`; a row's first token has none, and gets its own."""
+        return torch.maximum(torch.tensor(positions) - self.shift, torch.tensor(self.first)[:, None])
 
-    def _plan_scattered(self, windows: list[Window], positions: torch.LongTensor, attended: int):
+    def _plan_scattered(self, windows: list[Window], positions: list[range], attended: int):
         """The same as `_plan` for windows that recompute only what scores certain positions."""
         length = self.canvas_mask.shape[1]
         scored = [bytearray(b"\1" * length) if window.scored is None else window.scored for window in windows]
@@ -214,7 +213,7 @@ class ClassifierFreeGuidance:
     def __call__(self, canvas, windows, positions, frontier) -> tuple[torch.Tensor, list[int]]:
         """As [`Denoiser`], with the positions of both halves counted."""
         canvas = torch.cat([canvas, torch.where(self.given, self.unconditional, canvas)])
-        logits, computed = self.denoiser(canvas, 2 * windows, positions.repeat(2, 1), frontier.repeat(2))
+        logits, computed = self.denoiser(canvas, 2 * windows, 2 * positions, 2 * frontier)
         conditional, unconditional = logits.chunk(2)
         logits = unconditional + self.scale * (conditional - unconditional)
         return logits, [sum(halves) for halves in zip(computed[: len(windows)], computed[len(windows) :], strict=True)]

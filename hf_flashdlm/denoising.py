@@ -6,7 +6,7 @@ guider exists, or of configurations.
 
 Shapes: B rows still unfinished, L canvas length, N candidate positions, V vocabulary. The canvas and the scores are
 tensors on the model's device. Where a row stands are plain numbers, a [`Row`] each: they cost next to nothing beside a
-forward, and one transfer per step, of the N tokens just drafted, keeps them up to date.
+forward, and one transfer per step, of the drafts and their confidence, keeps them up to date.
 """
 
 from collections.abc import Callable
@@ -42,15 +42,11 @@ class Row:
         """The first masked position; the length of the canvas where nothing is masked."""
         return self.frontiers[0]
 
-    def write(self, start: int, tokens: list, mask_token_id: int) -> None:
-        """Take over what the canvas holds from `start` on after a step."""
-        self.written = [
-            position
-            for position, token in enumerate(tokens, start)
-            if self.masked[position] and token != mask_token_id
-        ]
-        for position in self.written:
-            self.tokens[position], self.masked[position] = int(tokens[position - start]), False
+    def write(self, drafts: dict[int, int]) -> None:
+        """Write tokens at masked positions, in order."""
+        self.written = list(drafts)
+        for position, token in drafts.items():
+            self.tokens[position], self.masked[position] = token, False
         frontier = self.masked.find(True, self.frontier)
         self.frontiers = [len(self.masked) if frontier < 0 else frontier, *self.frontiers[:-1]]
 
@@ -61,7 +57,6 @@ class DenoisingState:
 
     canvas: torch.LongTensor  # (B, L) token ids, masks included
     rows: list[Row]
-    mask_token_id: int
 
     @classmethod
     def start(cls, canvas: torch.LongTensor, mask_token_id: int, history: int) -> "DenoisingState":
@@ -70,7 +65,15 @@ class DenoisingState:
         for index, tokens in enumerate(canvas.tolist()):
             masked = bytearray(token == mask_token_id for token in tokens)
             rows.append(Row(index, tokens, masked, [masked.find(True)] + [0] * history))
-        return cls(canvas, rows, mask_token_id)
+        return cls(canvas, rows)
+
+    def write(self) -> None:
+        """Write on the canvas what the rows have written at this step."""
+        length = self.canvas.shape[1]
+        places = [length * index + position for index, row in enumerate(self.rows) for position in row.written]
+        tokens = [row.tokens[position] for row in self.rows for position in row.written]
+        places, tokens = (torch.tensor(one, dtype=torch.long).to(self.canvas.device) for one in (places, tokens))
+        self.canvas = self.canvas.put(places, tokens)  # not in place: who was shown the old one may have kept it
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
@@ -108,20 +111,19 @@ class Blocks:
                 row.block_masked = row.masked.count(True, 0, row.block_stop)
                 row.block_nfe = row.step = 0
 
-    def candidates(self, rows: list[Row], ends: list[int]) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def candidates(self, rows: list[Row], ends: list[int]) -> tuple[list[range], list[bytearray]]:
         """
-        Consecutive positions `(B, N)` from each row's frontier on, before its end of `ends`, and which of them may be
-        written; on the CPU.
+        Consecutive positions from each row's frontier on, before its end of `ends`, as many for all rows; and for each
+        of them whether it may be written.
         """
         stops = [min(self._stop(row), end) for row, end in zip(rows, ends, strict=True)]
         count = max(stop - row.frontier for row, stop in zip(rows, stops, strict=True))
         # Rows near the end of the canvas start earlier: what lies before their frontier is no candidate.
         starts = [min(row.frontier, len(row.masked) - count) for row in rows]
-        candidate = bytearray()
-        for row, start, stop in zip(rows, starts, stops, strict=True):
-            candidate += row.masked[start:stop].ljust(count, b"\0")
-        positions = torch.tensor(starts)[:, None] + torch.arange(count)
-        return positions, torch.frombuffer(candidate, dtype=torch.bool).view(len(rows), count)
+        candidate = [
+            row.masked[start:stop].ljust(count, b"\0") for row, start, stop in zip(rows, starts, stops, strict=True)
+        ]
+        return [range(start, start + count) for start in starts], candidate
 
     def _stop(self, row: Row) -> int:
         return row.block_stop if self.lookahead is None else row.frontier + self.lookahead
@@ -165,10 +167,10 @@ def denoise(
     Args:
         state ([`DenoisingState`]): From [`DenoisingState.start`].
         denoiser (`Callable`): `(canvas, windows, positions, frontier) -> (scores (B, N, V), query positions computed
-            in each row)`, with `batch_select_indices`, see [`Denoiser`].
+            in each row)`, with `batch_select_indices`, see [`Denoiser`]. Positions are a range for each row.
         method ([`Method`]): The parts that decide.
         processors (`Callable`): `(canvas, scores, positions=, frontier=, candidate=) -> scores`, with
-            `batch_select_indices`.
+            `batch_select_indices`, see [`CanvasProcessors`].
         drafter (`Callable`): `scores -> (token ids, confidence)`, both `(B, N)`; `-inf` refuses a position.
         after_step (`Callable`): Is shown the state after each step and returns for each row whether it is finished.
 
@@ -181,51 +183,56 @@ def denoise(
         windows = [method.window_policy(row) for row in state.rows]
         positions, candidate = method.blocks.candidates(state.rows, [window.hi for window in windows])
         # 2. one forward
-        frontier = torch.tensor([row.frontier for row in state.rows])
+        frontier = [row.frontier for row in state.rows]
         scores, computed = denoiser(state.canvas, windows, positions, frontier)
         # 3. drafts
         entropy = -negative_entropy(scores) if method.window_policy.needs_entropy else None
         scores = processors(state.canvas, scores, positions=positions, frontier=frontier, candidate=candidate)
-        token_ids, confidence = drafter(scores)
+        drafts = _transfer(*drafter(scores), entropy)
         # 4. unmasking
-        quotas = []
-        for row, num_positions in zip(state.rows, computed, strict=True):
-            quota, row.step = method.schedule(row)
-            quotas.append(quota)
+        for row, num_queries, *numbers in zip(state.rows, computed, positions, candidate, *drafts, strict=True):
+            _unmask(row, method, *numbers)
             row.block_nfe, row.nfe = row.block_nfe + 1, row.nfe + 1
-            row.active_tokens += num_positions
-        device = confidence.device
-        unmask = select(confidence, candidate.to(device), torch.tensor(quotas, device=device), method.rule)
-        _write(state, positions, token_ids, unmask, entropy)
-        _check_progress(state.rows, candidate, quotas)
+            row.active_tokens += num_queries
+        state.write()
         # 5. finished rows leave
         finished = after_step(state)
         if any(finished):
-            unfinished = torch.tensor([index for index, one in enumerate(finished) if not one], dtype=torch.long)
+            unfinished = _unfinished(finished)
             for part in (state, denoiser, processors):
                 part.batch_select_indices(unfinished)
 
 
-def _write(state: DenoisingState, positions, token_ids, unmask, entropy: torch.Tensor | None) -> None:
-    """Write the chosen tokens on the canvas, and tell the rows: the one transfer of a step."""
-    on_device = positions.to(state.canvas.device)
-    written = torch.where(unmask, token_ids, state.canvas.gather(1, on_device))
-    state.canvas = state.canvas.scatter(1, on_device, written)
-    if entropy is None:
-        written = written.tolist()
-    else:  # a token id is exact in float32, too
-        transferred = torch.stack([written.float(), entropy.masked_fill(~unmask, 0)])
-        written, entropies = transferred.tolist()
-        for row, nats in zip(state.rows, entropies, strict=True):
-            row.written_entropy = max(nats)
-    for row, start, tokens in zip(state.rows, positions[:, 0].tolist(), written, strict=True):
-        row.write(start, tokens, state.mask_token_id)
+def _transfer(token_ids: torch.LongTensor, confidence: torch.Tensor, entropy: torch.Tensor | None) -> list:
+    """Drafts, their confidence and the entropy, where it is measured, as numbers: the one transfer of a step."""
+    numbers = [token_ids, confidence] if entropy is None else [token_ids, confidence, entropy]
+    return torch.stack([one.to(confidence.dtype) for one in numbers]).tolist()  # a token id is exact as a float, too
 
 
-def _check_progress(rows: list[Row], candidate: torch.BoolTensor, quotas: list[int]) -> None:
-    for index, row in enumerate(rows):
-        if not row.written and quotas[index] > 0 and candidate[index].any():
-            raise RuntimeError(
-                f"Row {row.index} could not unmask any position: every candidate was refused or has no finite score. "
-                "A logits processor must leave each unfinished row a candidate other than the mask token."
-            )
+def _unmask(
+    row: Row,
+    method: Method,
+    positions: range,
+    candidate: bytearray,
+    token_ids: list[float],
+    confidence: list[float],
+    entropy: list[float] | None = None,
+) -> None:
+    """Write those of a row's drafts that schedule and rule choose."""
+    quota, row.step = method.schedule(row)
+    places = select(confidence, candidate, quota, method.rule)
+    if not places and quota > 0 and any(candidate):
+        raise RuntimeError(
+            f"Row {row.index} could not unmask any position: every candidate was refused or has no finite score. "
+            "A logits processor must leave each unfinished row a candidate other than the mask token."
+        )
+    row.write({positions[place]: int(token_ids[place]) for place in places})
+    if entropy is not None:
+        row.written_entropy = max((entropy[place] for place in places), default=0.0)
+
+
+def _unfinished(finished: list[bool]) -> torch.LongTensor:
+    """The unfinished rows, the last of them in the places of those that leave: a cache has few states to move."""
+    count = finished.count(False)
+    last = [index for index, one in enumerate(finished) if not one and index >= count]
+    return torch.tensor([last.pop() if one else index for index, one in enumerate(finished[:count])], dtype=torch.long)

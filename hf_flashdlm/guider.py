@@ -145,7 +145,7 @@ class ARGuider(ARReader):
         if positions.shape[1] > self.num_drafts:
             candidate = candidate & (positions < frontier[:, None] + self.num_drafts)
         drafts, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
-        judged = candidate.to(scores.device) & (probability > 0)
+        judged = candidate.to(scores.device) & (probability > -torch.inf)
         accepted = self._judge(input_ids, drafts, positions, frontier, asked)
         if self.combine is not None:
             sure = probability >= self.confidence_threshold
@@ -155,7 +155,7 @@ class ARGuider(ARReader):
             accepted = accepted & (positions > self.padding[:, None]).to(scores.device)
         refused = (judged & ~accepted).cumsum(1)  # how many up to each position
         prefix = judged & (refused == 0)
-        self.counts.append((self.rows, asked, torch.stack([judged, prefix]).sum(2)))
+        self.counts.append((self.rows, asked, judged, prefix))
         # The first draft is written even if it is refused.
         written = prefix | (judged & (positions == frontier[:, None]).to(scores.device))
         kept = torch.where(written, drafts, self.mask_token_id)
@@ -206,10 +206,10 @@ class ARGuider(ARReader):
         """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
         judged = [0] * len(self.forwards)
         lengths: list[list[int]] = [[] for _ in judged]
-        counts = (
-            torch.cat([step for *_, step in self.counts], 1).T.tolist() if self.counts else []
-        )  # the only transfer
-        for rows, asked, _ in self.counts:
+        # Steps differ in their width: only their sums can be brought over together, in one transfer.
+        sums = [torch.stack([tried, passed]).sum(2) for *_, tried, passed in self.counts]
+        counts = torch.cat(sums, 1).T.tolist() if sums else []
+        for rows, asked, *_ in self.counts:
             for index, row in enumerate(rows.tolist()):
                 num_judged, num_accepted = counts.pop(0)
                 if asked is None or asked[index]:

@@ -71,15 +71,33 @@ class CanvasProcessors:
                 )
 
     def __call__(
-        self, canvas: torch.LongTensor, scores: torch.Tensor, positions, frontier, candidate=None
+        self,
+        canvas: torch.LongTensor,
+        scores: torch.Tensor,
+        positions: list[range],
+        frontier: list[int],
+        candidate: list[bytearray],
     ) -> torch.Tensor:
+        r"""
+        Args:
+            canvas (`torch.LongTensor` of shape `(batch_size, canvas_length)`): Token ids, masks included.
+            scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): The model's.
+            positions (`list[range]`): The positions of each row that the scores belong to.
+            frontier (`list[int]`): First masked position of each row.
+            candidate (`list[bytearray]`): For each position whether it may be written.
+
+        Returns:
+            `torch.Tensor`: Scores of the same shape.
+        """
         for processor in self.processors:
             if type(processor) in POSITIONWISE:
                 scores = processor(None, scores.flatten(0, 1)).view_as(scores)
             else:
                 scores = self._one_by_one(processor, canvas, scores, positions)
         if self.guider is not None:
-            scores = self.guider(canvas, scores, positions=positions, frontier=frontier, candidate=candidate)
+            may = torch.frombuffer(bytearray().join(candidate), dtype=torch.bool).view(len(candidate), -1)
+            positions, frontier = torch.tensor(positions), torch.tensor(frontier)
+            scores = self.guider(canvas, scores, positions=positions, frontier=frontier, candidate=may)
         return scores
 
     def _one_by_one(self, processor, canvas, scores, positions) -> torch.Tensor:
@@ -87,7 +105,7 @@ class CanvasProcessors:
         scores = scores.clone()
         known = self.canvas_mask.bool() & (canvas != self.mask_token_id)
         by_length = type(processor) in BY_LENGTH
-        for row, row_positions in enumerate(positions.tolist()):
+        for row, row_positions in enumerate(positions):
             for slot, position in enumerate(row_positions):
                 context = canvas[row, self.skip : position]
                 if not by_length:

@@ -1,16 +1,16 @@
 """Unmasking: which of the drafted tokens are written at a step.
 
 Owns candidates, their confidence, and the rules that say how many of the most confident are written. Knows nothing of
-models, caches, blocks or time; works on tensors of shape (B, N): batch rows, candidate positions.
+models, caches, blocks or time. Drafts and confidence are tensors of shape (B, N), batch rows and positions, as the
+scores are; what is written is chosen row by row from plain numbers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, takewhile
+from math import inf
 
 import torch
-
-
-MAX_ODDS = 1e38  # a draft that unlikely is one all the same
 
 
 def gumbel(like: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -41,17 +41,20 @@ def draft(
         nothing over the vocabulary is.
     """
     others = scores.clone()
-    others[..., mask_token_id] = -torch.inf
-    noisy = others if temperature is None else others + gumbel(others, generator)
-    token_ids = noisy.argmax(-1, keepdim=True)
-    log_odds = scores - scores.gather(-1, token_ids)  # against the draft, of each other token
+    others.select(-1, mask_token_id).fill_(-torch.inf)
+    if temperature is None:
+        best, token_ids = others.max(-1, keepdim=True)
+    else:
+        token_ids = (others + gumbel(others, generator)).argmax(-1, keepdim=True)
+        best = scores.gather(-1, token_ids)
+    log_odds = scores - best  # of each other token, against the draft
     if temperature is not None:
         log_odds *= temperature
     odds = log_odds.exp_().scatter_(-1, token_ids, 0.0)
     # Only the sum is in float64: in float32 equal distributions of other tokens would not have equal sums.
     odds = odds.sum(-1, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)
     # Where nothing but the mask token is finite, the odds are not a number.
-    return token_ids.squeeze(-1), odds.clamp_max_(MAX_ODDS).add_(1).reciprocal_().nan_to_num_(-torch.inf)
+    return token_ids.squeeze(-1), odds.add_(1).reciprocal_().nan_to_num_(-torch.inf)
 
 
 def negative_entropy(scores: torch.Tensor) -> torch.Tensor:
@@ -109,9 +112,9 @@ class ConfidenceThreshold:
 
     threshold: float
 
-    def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
-        """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
-        return (confidence >= self.threshold).sum(1)
+    def __call__(self, confidence: list[float]) -> int:
+        """Number of candidates to write, from their confidence, sorted downwards."""
+        return sum(one >= self.threshold for one in confidence)
 
 
 @dataclass(frozen=True)
@@ -123,12 +126,10 @@ class ConfidenceFactor:
 
     factor: float
 
-    def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
-        """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
-        rank = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
-        passes = confidence >= 1 - self.factor / (rank + 1)
-        passes[:, 0] = True
-        return passes.long().cumprod(1).sum(1)
+    def __call__(self, confidence: list[float]) -> int:
+        """Number of candidates to write, from their confidence, sorted downwards."""
+        fits = (one >= 1 - self.factor / (rank + 1) for rank, one in enumerate(confidence[1:], 2))
+        return 1 + sum(takewhile(bool, fits))
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,10 @@ class FrechetProfile:
 
     delta: float
 
-    def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
-        """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
-        rank = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
-        bound = confidence.cumsum(1) - (rank - 1) - (1 - confidence)
-        return (bound > self.delta).long().cumprod(1).sum(1)
+    def __call__(self, confidence: list[float]) -> int:
+        """Number of candidates to write, from their confidence, sorted downwards."""
+        sums = enumerate(zip(accumulate(confidence), confidence, strict=True))
+        return sum(takewhile(bool, (total - others - (1 - last) > self.delta for others, (total, last) in sums)))
 
 
 @dataclass(frozen=True)
@@ -157,33 +157,33 @@ class EntropyBound:
 
     bound: float
 
-    def __call__(self, confidence: torch.Tensor) -> torch.LongTensor:
-        """Number of candidates to write, `(batch_size,)`, from `(batch_size, num_positions)` sorted downwards."""
-        nats = -confidence
-        return ((nats.cumsum(1) - nats) <= self.bound).sum(1)
+    def __call__(self, confidence: list[float]) -> int:
+        """Number of candidates to write, from their confidence, sorted downwards."""
+        return sum(last - total <= self.bound for total, last in zip(accumulate(confidence), confidence, strict=True))
 
 
 def select(
-    confidence: torch.Tensor,
-    candidate: torch.BoolTensor,
-    quota: torch.LongTensor,
-    rule: Callable[[torch.Tensor], torch.LongTensor] | None = None,
-) -> torch.BoolTensor:
+    confidence: list[float],
+    candidate: Sequence[int],
+    quota: int,
+    rule: Callable[[list[float]], int] | None = None,
+) -> list[int]:
     r"""
-    The candidates to write: the most confident of each row, as many as the rule says and at least its quota.
+    The candidates of a row to write: the most confident, as many as the rule says and at least the quota.
 
     Args:
-        confidence (`torch.Tensor` of shape `(batch_size, num_positions)`): Higher is written earlier; among equals
-            the lower position is. `-inf` is never written.
-        candidate (`torch.BoolTensor` of shape `(batch_size, num_positions)`): Positions that may be written.
-        quota (`torch.LongTensor` of shape `(batch_size,)`): Tokens to write at the least, where there are as many.
-        rule (`Callable`, *optional*): Maps the confidence, sorted downwards with `-inf` behind the last candidate, to
-            the number of tokens to write; by default the quota alone counts.
+        confidence (`list[float]`): Of each position. Higher is written earlier; among equals the lower position is.
+            `-inf` is never written.
+        candidate (`Sequence[int]`): For each position whether it may be written.
+        quota (`int`): Tokens to write at the least, where there are as many.
+        rule (`Callable`, *optional*): Maps the confidence of the candidates, sorted downwards, to the number of tokens
+            to write; by default the quota alone counts.
 
     Returns:
-        `torch.BoolTensor` of shape `(batch_size, num_positions)`.
+        `list[int]`: Their places in `confidence`, in order.
     """
-    ranked, order = torch.where(candidate, confidence, -torch.inf).sort(dim=1, descending=True, stable=True)
-    count = quota if rule is None else torch.maximum(rule(ranked), quota)
-    chosen = torch.arange(ranked.shape[1], device=ranked.device) < count[:, None]
-    return torch.zeros_like(chosen).scatter_(1, order, chosen & (ranked > -torch.inf))
+    ranked = [place for place, may in enumerate(candidate) if may and confidence[place] > -inf]
+    ranked.sort(key=confidence.__getitem__, reverse=True)  # stable
+    if rule is not None and ranked:
+        quota = max(rule([confidence[place] for place in ranked]), quota)
+    return sorted(ranked[:quota])

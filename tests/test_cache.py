@@ -278,6 +278,22 @@ def test_rows_are_kept_in_the_order_asked_with_their_frozen_lengths(change):
     assert cache.frozen_length.tolist() == [3, 1]
 
 
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=5))
+def test_any_choice_of_rows_is_that_of_an_index(indices):
+    cache = filled(batch_size=5)
+    expected = cache.layers[0].keys[indices]
+    cache.batch_select_indices(torch.tensor(indices))
+    assert torch.equal(cache.layers[0].keys, expected) and torch.equal(cache.layers[0].values, -expected)
+
+
+def test_rows_that_take_the_places_of_others_are_all_that_is_moved():
+    cache = filled(batch_size=4)
+    before = cache.layers[0].keys
+    cache.batch_select_indices(torch.tensor([0, 3, 2]))
+    assert cache.layers[0].keys.data_ptr() == before.data_ptr()
+    assert [kept(cache, row)[0] for row in range(3)] == [0, 300, 200]
+
+
 def test_repeated_rows_stand_side_by_side_with_their_frozen_lengths():
     cache = filled(batch_size=2)
     cache.freeze(torch.tensor([1, 2]))

@@ -51,7 +51,7 @@ def window_of(lo, hi, attended=None, frozen=None, batch_size=2, scored=None, **f
 
 
 def consecutive(starts, count):
-    return torch.tensor(starts)[:, None] + torch.arange(count)
+    return [range(start, start + count) for start in starts]
 
 
 def alone(model, row):
@@ -62,9 +62,9 @@ def alone(model, row):
 
 
 def reference(model, canvas, positions, mask=None, attended=None):
-    """The same for all rows, each for itself, at the positions `(B, N)`."""
+    """The same for all rows, each for itself, at its positions."""
     rows = []
-    for row, where in enumerate(positions):
+    for row, where in enumerate(torch.as_tensor(positions)):
         start = 0 if mask is None else int((mask[row] == 0).sum())
         stop = LENGTH if attended is None else attended[row]
         rows.append(alone(model, canvas[row, start:stop])[where - start])
@@ -77,7 +77,7 @@ def warmed(denoiser, canvas):
         canvas,
         window_of(0, LENGTH, batch_size=len(canvas)),
         consecutive([0] * len(canvas), 1),
-        torch.zeros(len(canvas)).long(),
+        [0] * len(canvas),
     )
     return denoiser
 
@@ -93,7 +93,7 @@ def test_the_models_differ_in_their_shift(tiny):
 @pytest.mark.parametrize("cached", [False, True])
 def test_every_position_of_the_canvas_is_scored_by_its_own_logits(model, cached):
     canvas, positions = canvas_of(), consecutive([1, 1], LENGTH - 1)
-    logits, computed = denoiser_of(model, cached=cached)(canvas, window_of(0, LENGTH), positions, torch.tensor([1, 1]))
+    logits, computed = denoiser_of(model, cached=cached)(canvas, window_of(0, LENGTH), positions, [1, 1])
     assert_close(logits, reference(model, canvas, positions))
     assert computed == [LENGTH, LENGTH] and logits.dtype == torch.float32
 
@@ -103,16 +103,14 @@ def test_a_cut_window_is_right_at_every_position_its_first_included(model, lo):
     """The planted off-by-one: the first score of a shifted model comes from the position before the window."""
     canvas, positions = canvas_of(), consecutive([lo, lo], LENGTH - lo)
     denoiser = warmed(denoiser_of(model), canvas)
-    logits, computed = denoiser(canvas, window_of(lo, LENGTH, frozen=lo), positions, torch.tensor([lo, lo]))
+    logits, computed = denoiser(canvas, window_of(lo, LENGTH, frozen=lo), positions, [lo, lo])
     assert_close(logits, reference(model, canvas, positions))
     assert computed == [LENGTH - lo + shift_of(model)] * 2
 
 
 def test_a_window_that_holds_the_position_before_its_frontier_is_not_widened(model):
     canvas = canvas_of()
-    _, computed = warmed(denoiser_of(model), canvas)(
-        canvas, window_of(3, 9), consecutive([4, 4], 2), torch.tensor([4, 4])
-    )
+    _, computed = warmed(denoiser_of(model), canvas)(canvas, window_of(3, 9), consecutive([4, 4], 2), [4, 4])
     assert computed == [6, 6]
 
 
@@ -130,9 +128,8 @@ def test_uneven_windows_of_padded_rows_equal_each_row_alone(tiny, name, data):
         hi = [draw(st.integers(first + 1, LENGTH)) for first in frontier]
         count = max(end - first for end, first in zip(hi, frontier, strict=True))
         positions = consecutive([min(first, LENGTH - count) for first in frontier], count)
-        logits, computed = denoiser(
-            canvas, window_of(frozen, hi, frozen=frozen, batch_size=3), positions, torch.tensor(frontier)
-        )
+        logits, computed = denoiser(canvas, window_of(frozen, hi, frozen=frozen, batch_size=3), positions, frontier)
+        positions = torch.tensor(positions)
         asked = (positions >= torch.tensor(frontier)[:, None]) & (positions < torch.tensor(hi)[:, None])
         expected = reference(model, canvas, positions.maximum(torch.tensor(padding)[:, None]), mask)
         assert_close(logits[asked], expected[asked])
@@ -144,10 +141,10 @@ def test_padding_on_the_left_changes_nothing(model, cached):
     canvas, positions = canvas_of(), consecutive([6, 6], 4)
     mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
     denoiser = denoiser_of(model, mask, cached)
-    logits, _ = denoiser(canvas, window_of(0, LENGTH), positions, torch.tensor([6, 6]))
+    logits, _ = denoiser(canvas, window_of(0, LENGTH), positions, [6, 6])
     assert_close(logits, reference(model, canvas, positions, mask))
     canvas[0, :4] = 7  # what the padding holds must not matter
-    logits, _ = denoiser(canvas, window_of(0, LENGTH), positions, torch.tensor([6, 6]))
+    logits, _ = denoiser(canvas, window_of(0, LENGTH), positions, [6, 6])
     assert_close(logits, reference(model, canvas, positions, mask))
 
 
@@ -158,7 +155,7 @@ def test_rows_see_their_own_number_of_keys(model, cached, ends):
     denoiser = denoiser_of(model, cached=cached)
     if cached:
         warmed(denoiser, canvas)
-    logits, computed = denoiser(canvas, window_of(0, ends, ends), positions, torch.tensor([5, 5]))
+    logits, computed = denoiser(canvas, window_of(0, ends, ends), positions, [5, 5])
     assert_close(logits, reference(model, canvas, positions, attended=ends))
     assert computed == ends
 
@@ -171,8 +168,8 @@ def test_scattered_positions_are_scored_by_their_own_logits(model, too):
     positions = consecutive([4, 4], 6)
     denoiser = warmed(denoiser_of(model), canvas)
     window = window_of(0, LENGTH, scored=scored, scored_too=too)
-    logits, computed = denoiser(canvas, window, positions, torch.tensor([4, 5]))
-    asked = scored.gather(1, positions)
+    logits, computed = denoiser(canvas, window, positions, [4, 5])
+    asked = scored.gather(1, torch.tensor(positions))
     assert_close(logits[asked], reference(model, canvas, positions)[asked])
     if not (too and shift_of(model)):
         assert computed == [3, 2]
@@ -185,7 +182,7 @@ def test_scattered_positions_stay_out_of_what_is_frozen(model):
     denoiser = warmed(denoiser_of(model), canvas)
     scored = torch.arange(LENGTH).expand(2, -1) >= 4
     window = window_of(3, LENGTH, frozen=3, scored=scored)
-    logits, _ = denoiser(canvas, window, positions, torch.tensor([4, 4]))
+    logits, _ = denoiser(canvas, window, positions, [4, 4])
     assert_close(logits, reference(model, canvas, positions))
     assert denoiser.cache.frozen_length.tolist() == [3, 3]
 
@@ -193,11 +190,11 @@ def test_scattered_positions_stay_out_of_what_is_frozen(model):
 def test_a_window_that_freezes_less_than_before_refreshes(model):
     canvas, positions = canvas_of(), consecutive([6, 6], 4)
     denoiser = warmed(denoiser_of(model), canvas)
-    denoiser(canvas, window_of(5, LENGTH, frozen=5), positions, torch.tensor([6, 6]))
+    denoiser(canvas, window_of(5, LENGTH, frozen=5), positions, [6, 6])
     changed = canvas.clone()
     changed[:, 2] += 1
-    stale, _ = denoiser(changed, window_of(5, LENGTH, frozen=5), positions, torch.tensor([6, 6]))
-    fresh, _ = denoiser(changed, window_of(0, LENGTH), positions, torch.tensor([6, 6]))
+    stale, _ = denoiser(changed, window_of(5, LENGTH, frozen=5), positions, [6, 6])
+    fresh, _ = denoiser(changed, window_of(0, LENGTH), positions, [6, 6])
     assert_close(stale, reference(model, canvas, positions))
     assert_close(fresh, reference(model, changed, positions))
     assert (stale - fresh).abs().max() > 10 * ATOL, "the change must be one that shows"
@@ -209,7 +206,7 @@ def test_rows_that_leave_take_their_padding_and_their_states_with_them(model):
     denoiser = warmed(denoiser_of(model, mask), canvas)
     kept = torch.tensor([2, 0])
     denoiser.batch_select_indices(kept)
-    logits, _ = denoiser(canvas[kept], window_of(5, LENGTH, frozen=5), positions, torch.tensor([6, 6]))
+    logits, _ = denoiser(canvas[kept], window_of(5, LENGTH, frozen=5), positions, [6, 6])
     assert_close(logits, reference(model, canvas[kept], positions, mask[kept]))
 
 
@@ -223,7 +220,7 @@ def forwards(model):
 
 
 def test_only_the_rows_of_the_head_that_are_asked_for_are_computed(model, forwards):
-    denoiser_of(model)(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), torch.tensor([4, 4]))
+    denoiser_of(model)(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), [4, 4])
     assert forwards[0]["logits_to_keep"].tolist() == [position - shift_of(model) for position in (4, 5, 6)]
 
 
@@ -231,7 +228,7 @@ def test_positions_are_counted_from_the_first_token_behind_the_padding(model, fo
     """Rotary positions are relative, so that the logits of these models would not tell."""
     mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
     denoiser = warmed(denoiser_of(model, mask), canvas_of())
-    denoiser(canvas_of(), window_of(6, [8, 9]), consecutive([7, 7], 2), torch.tensor([7, 7]))
+    denoiser(canvas_of(), window_of(6, [8, 9]), consecutive([7, 7], 2), [7, 7])
     assert forwards[0]["position_ids"].tolist() == [[0, 0, 0, 0, 0, 1, 2, 3, 4, 5], list(range(10))]
     assert forwards[1]["position_ids"].tolist() == [[2, 3, 3], [6, 7, 8]], "the shorter row repeats its last position"
 
@@ -249,7 +246,7 @@ def test_no_mask_of_queries_times_keys_is_built_where_the_kernel_can_do_without(
         mask = all_seen()
         mask[0, :padding] = 0
         denoiser = denoiser_of(model, mask, cached)
-        denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), torch.tensor([4, 4]))
+        denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), [4, 4])
         assert masks and all(one is None if not padding else one.shape == (2, 1, 1, LENGTH) for one in masks)
         masks.clear()
 
@@ -259,7 +256,7 @@ def test_other_backends_get_the_mask_of_the_host(model, forwards):
     mask[0, :3] = 0
     denoiser = denoiser_of(model, mask)
     denoiser.takes_broadcast = False
-    denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), torch.tensor([4, 4]))
+    denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), [4, 4])
     assert torch.equal(forwards[0]["attention_mask"], mask)
 
 
@@ -270,7 +267,7 @@ def test_other_backends_get_the_mask_of_the_host(model, forwards):
 @pytest.mark.parametrize("padded", [False, True])
 def test_guidance_is_that_of_two_forwards(model, cached, padded):
     canvas, positions = canvas_of(), consecutive([6, 7], 3)
-    frontier, given = torch.tensor([6, 7]), torch.arange(LENGTH).expand(2, -1) < 6
+    frontier, given = [6, 7], torch.arange(LENGTH).expand(2, -1) < 6
     mask, scale = all_seen(), 2.5
     if padded:
         mask[0, :2] = 0
@@ -291,7 +288,7 @@ def test_guidance_is_that_of_two_forwards(model, cached, padded):
 
 
 def test_guidance_of_scale_one_is_none(model):
-    canvas, positions, frontier = canvas_of(), consecutive([6, 6], 3), torch.tensor([6, 6])
+    canvas, positions, frontier = canvas_of(), consecutive([6, 6], 3), [6, 6]
     given = torch.arange(LENGTH).expand(2, -1) < 6
     guided = ClassifierFreeGuidance(denoiser_of(model, all_seen(4)), 1.0, torch.full_like(canvas, 511), given)
     logits, _ = guided(canvas, window_of(0, LENGTH), positions, frontier)
@@ -299,11 +296,11 @@ def test_guidance_of_scale_one_is_none(model):
 
 
 def test_a_guided_row_that_leaves_takes_both_its_halves_along(model):
-    canvas, frontier = canvas_of(), torch.tensor([6])
+    canvas, frontier = canvas_of(), [6]
     given = torch.arange(LENGTH).expand(2, -1) < torch.tensor([[4], [6]])
     unconditional = torch.full_like(canvas, 511)
     guided = ClassifierFreeGuidance(denoiser_of(model, all_seen(4)), 2.0, unconditional, given)
-    guided(canvas, window_of(0, LENGTH), consecutive([6, 6], 3), torch.tensor([6, 6]))
+    guided(canvas, window_of(0, LENGTH), consecutive([6, 6], 3), [6, 6])
     guided.batch_select_indices(torch.tensor([1]))
     logits, _ = guided(canvas[1:], window_of(5, LENGTH, frozen=5, batch_size=1), consecutive([6], 3), frontier)
     only = ClassifierFreeGuidance(denoiser_of(model, all_seen(2)), 2.0, unconditional[1:], given[1:])

@@ -24,7 +24,8 @@ class Speller:
         self.calls = []
 
     def __call__(self, canvas, windows, positions, frontier):
-        self.calls.append((canvas.clone(), positions.tolist(), frontier.tolist()))
+        positions = torch.tensor(positions)
+        self.calls.append((canvas.clone(), positions.tolist(), frontier))
         letters, confidence = self.words.gather(1, positions), self.confidence.gather(1, positions)
         rest = ((1 - confidence) / (VOCAB - 1)).log()
         scores = rest[..., None].repeat(1, 1, VOCAB)
@@ -46,7 +47,7 @@ class Unprocessed:
             return scores
         only_mask = torch.full_like(scores, -torch.inf)
         only_mask[..., MASK] = 0
-        return torch.where(self.refused(canvas, positions)[..., None], only_mask, scores)
+        return torch.where(self.refused(canvas, torch.tensor(positions))[..., None], only_mask, scores)
 
     def batch_select_indices(self, indices):
         self.rows.append(indices.tolist())
@@ -142,6 +143,14 @@ def test_rows_leave_when_they_are_finished(decode):
     assert [last[row].nfe for row in range(3)] == [1, 1, 2]
     assert [len(canvas) for canvas, _, _ in decode.calls] == [3, 1]
     assert processors.rows == [[2], []], "the processors must be told which rows are left"
+
+
+def test_the_last_rows_take_the_places_of_those_that_leave(decode):
+    processors = Unprocessed()
+    texts, words = ["a_", "__", "b_", "__", "__"], ["ab", "on", "ba", "no", "an"]
+    steps, last = decode(*texts, words=words, order=["99", "98", "99", "98", "98"], processors=processors)
+    assert processors.rows == [[4, 1, 3], []]
+    assert [one[-1] for one in steps] == words and [last[row].nfe for row in range(5)] == [1, 2, 1, 2, 2]
 
 
 def test_rows_of_a_batch_are_decoded_as_alone(decode):

@@ -113,7 +113,7 @@ def test_we_differ_from_the_originals_in_ties_only(decode, monkeypatch, case):
 
     def select(confidence, candidate, quota, rule=None):
         chosen = hf_flashdlm.unmasking.select(confidence, candidate, quota, rule)
-        calls.append((confidence.float()[0], chosen[0]))
+        calls.append((torch.tensor(confidence), chosen))
         return chosen
 
     monkeypatch.setattr(hf_flashdlm.denoising, "select", select)
@@ -125,7 +125,7 @@ def test_we_differ_from_the_originals_in_ties_only(decode, monkeypatch, case):
     assert run.forwards == case["forwards"]
     masked = set(range(len(case["prompt_ids"][0]), len(case["output_ids"][0])))
     for (confidence, chosen), commits in zip(calls, case["commits"], strict=True):
-        ours = {min(masked) + slot for slot in chosen.nonzero().flatten().tolist()}
+        ours = {min(masked) + slot for slot in chosen}
         theirs = {position for _, position, _ in commits}
         if ours != theirs:
             differing = torch.tensor(sorted(ours ^ theirs)) - min(masked)
@@ -149,7 +149,7 @@ class FastDLLMFactor(ConfidenceFactor):
 
     def __call__(self, confidence):
         count = super().__call__(confidence)
-        return count + (count == (confidence > -torch.inf).sum(1) - 1)
+        return count + (count == len(confidence) - 1)
 
 
 @parametrize("fastdllm_llada_v1", "fastdllm_llada_v0", keep=lambda case: "quirk" not in case["id"])
@@ -245,8 +245,10 @@ class FirstTokenBlocks(Blocks):
 
     def candidates(self, rows, ends):
         positions, candidate = super().candidates(rows, ends)
-        (row,) = rows
-        return positions, candidate & ((row.block_nfe > 0) | (positions == row.block_start))
+        (row,), (where,), (may,) = rows, positions, candidate
+        if row.block_nfe == 0:
+            may = [one and position == row.block_start for position, one in zip(where, may, strict=True)]
+        return positions, [may]
 
 
 @dataclass(frozen=True)
@@ -290,9 +292,9 @@ class BudgetedThreshold:
     def __call__(self, confidence):
         self.step += 1
         budget = self.share * self.step - self.written
-        count = min(max(int((confidence >= self.threshold).sum()), 1), max(budget, 1))
+        count = min(max(sum(one >= self.threshold for one in confidence), 1), max(budget, 1))
         self.written += count
-        return torch.tensor([count])
+        return count
 
 
 @parametrize("fastdllm_dream", keep=lambda case: case["function"].endswith("(generation_utils)"))

@@ -21,10 +21,11 @@ def decode(start):
             self.output = self.finish.output
 
         def write(self, *texts, nfe=1):
-            for number, row in enumerate(self.state.rows):
-                self.state.canvas[number] = torch.tensor([ord(letter) for letter in texts[number]])
-                row.write(0, self.state.canvas[number].tolist(), ord("_"))
+            for row, text in zip(self.state.rows, texts, strict=True):
+                letters = {place: ord(letter) for place, letter in enumerate(text) if letter != "_"}
+                row.write({place: letter for place, letter in letters.items() if row.masked[place]})
                 row.nfe, row.active_tokens = nfe, 10 * nfe
+            self.state.write()
             final, finished = self.finish.update(self.state)
             self.state.batch_select_indices((~torch.tensor(finished)).nonzero().flatten())
             return final, finished

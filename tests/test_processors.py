@@ -54,7 +54,9 @@ def apply(processors, canvas=CANVAS, scores=None, mask=None, positions=POSITIONS
     mask = torch.ones_like(canvas) if mask is None else mask
     scores = raw_scores() if scores is None else scores
     together = CanvasProcessors(LogitsProcessorList(processors), mask, MASK, guider)
-    return together(canvas, scores, positions=positions, frontier=positions[:, 0])
+    ranges = [range(int(row[0]), int(row[-1]) + 1) for row in positions]
+    candidate = [bytearray(b"\1" * len(one)) for one in ranges]
+    return together(canvas, scores, ranges, [one.start for one in ranges], candidate)
 
 
 class Reader(LogitsProcessor):
@@ -182,7 +184,5 @@ def test_rows_that_leave_take_their_padding_along_and_the_guider_is_told():
     mask = torch.tensor([[1, 1, 1], [0, 1, 1]])
     processors = CanvasProcessors(LogitsProcessorList([reader]), mask, MASK, guider)
     processors.batch_select_indices(torch.tensor([1]))
-    processors(
-        torch.tensor([[4, 5, 6]]), torch.zeros(1, 1, VOCAB), positions=torch.tensor([[2]]), frontier=torch.tensor([2])
-    )
+    processors(torch.tensor([[4, 5, 6]]), torch.zeros(1, 1, VOCAB), [range(2, 3)], [2], [bytearray(1)])
     assert guider.told[0] == [1] and reader.contexts == [[5]]

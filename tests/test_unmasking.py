@@ -178,8 +178,7 @@ def test_noise_on_the_positions_grows_with_its_temperature():
     ],
 )
 def test_a_rule_by_hand(rule, confidence, count):
-    padded = torch.tensor([[*confidence, -inf]], dtype=torch.float64)
-    assert rule(padded).tolist() == [count]
+    assert rule(confidence) == count
 
 
 def factor_count(confidence, factor):
@@ -216,20 +215,14 @@ def entropy_count(confidence, bound):
         (EntropyBound, entropy_count, -1),
     ],
 )
-@given(st.lists(st.integers(0, 64), min_size=1, max_size=6), st.integers(0, 64), st.integers(0, 2))
-def test_a_rule_equals_its_definition(rule, count, sign, numbers, bound, refused):
+@given(st.lists(st.integers(0, 64), min_size=1, max_size=6), st.integers(0, 64))
+def test_a_rule_equals_its_definition(rule, count, sign, numbers, bound):
     """In sixty-fourths, which are exact."""
     confidence = sorted((sign * number / 64 for number in numbers), reverse=True)
-    padded = torch.tensor([confidence + [-inf] * refused], dtype=torch.float64)
-    assert rule(bound / 64)(padded).tolist() == [count(confidence, bound / 64)]
+    assert rule(bound / 64)(confidence) == count(confidence, bound / 64)
 
 
 # Selection
-
-
-def chosen(confidence, candidate, quota, rule=None):
-    unmask = select(torch.tensor([confidence]), torch.tensor([candidate]).bool(), torch.tensor([quota]), rule)
-    return unmask[0].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -245,50 +238,35 @@ def chosen(confidence, candidate, quota, rule=None):
     ],
 )
 def test_the_most_confident_candidates_are_written(confidence, candidate, quota, expected):
-    assert chosen(confidence, candidate, quota) == expected
+    assert select(confidence, candidate, quota) == expected
 
 
 @pytest.mark.parametrize("rule", [None, ConfidenceThreshold(0.5), ConfidenceFactor(1.0)])
 def test_a_refused_candidate_is_not_written_whatever_the_quota(rule):
-    assert chosen([-inf, 0.75, -inf], [1, 1, 1], 3, rule) == [1]
-    assert chosen([-inf, -inf, -inf], [1, 1, 1], 1, rule) == []
+    assert select([-inf, 0.75, -inf], [1, 1, 1], 3, rule) == [1]
+    assert select([-inf, -inf, -inf], [1, 1, 1], 1, rule) == []
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(1, [1, 2]), (3, [0, 1, 2])])
 def test_a_rule_writes_at_least_the_quota(quota, expected):
-    assert chosen([0.1, 0.9, 0.8, 0.0], [1, 1, 1, 1], quota, ConfidenceThreshold(0.8)) == expected
+    assert select([0.1, 0.9, 0.8, 0.0], [1, 1, 1, 1], quota, ConfidenceThreshold(0.8)) == expected
 
 
 def test_many_ties_go_to_the_lower_positions():
-    assert chosen([0.5] * 300, [1] * 300, 100) == list(range(100)), "an unstable sort would mix them up"
+    assert select([0.5] * 300, [1] * 300, 100) == list(range(100)), "an unstable sort would mix them up"
 
 
-rows = st.integers(1, 4).flatmap(
-    lambda size: st.lists(
-        st.tuples(
-            st.lists(st.sampled_from([0.0, 0.25, 0.5, 0.75, 1.0]), min_size=size, max_size=size),
-            st.lists(st.booleans(), min_size=size, max_size=size),
-            st.integers(0, 5),
-        ),
-        min_size=1,
-        max_size=3,
-    )
+@given(
+    st.lists(st.tuples(st.sampled_from([-inf, 0.0, 0.25, 0.5, 0.75, 1.0]), st.booleans()), min_size=1, max_size=6),
+    st.integers(0, 5),
+    st.sampled_from([None, ConfidenceThreshold(0.75), ConfidenceFactor(1.0), FrechetProfile(0.5)]),
 )
-
-
-@given(rows, st.sampled_from([None, ConfidenceThreshold(0.75), ConfidenceFactor(1.0), FrechetProfile(0.5)]))
-def test_a_row_alone_is_chosen_as_in_a_batch(rows, rule):
-    confidence, candidate, quota = (torch.tensor(values) for values in zip(*rows, strict=True))
-    unmask = select(confidence, candidate, quota, rule)
-    assert not (unmask & ~candidate).any()
-    assert (unmask.sum(1) >= torch.minimum(quota, candidate.sum(1))).all()
-    if rule is None:
-        assert torch.equal(unmask.sum(1), torch.minimum(quota, candidate.sum(1)))
-    for row, (values, allowed, count) in enumerate(rows):
-        assert unmask[row].nonzero().flatten().tolist() == chosen(values, allowed, count, rule)
-        left_out = [
-            value for value, allow, taken in zip(values, allowed, unmask[row], strict=True) if allow and not taken
-        ]
-        assert all(
-            value >= max(left_out, default=-inf) for value, taken in zip(values, unmask[row], strict=True) if taken
-        )
+def test_no_better_candidate_is_left_out(positions, quota, rule):
+    confidence, candidate = map(list, zip(*positions, strict=True))
+    chosen = select(confidence, candidate, quota, rule)
+    able = [place for place, (value, may) in enumerate(positions) if may and value > -inf]
+    assert chosen == sorted(chosen) and set(chosen) <= set(able)
+    at_least = min(quota, len(able))
+    assert len(chosen) == at_least if rule is None else len(chosen) >= at_least
+    left_out = set(able) - set(chosen)
+    assert all((confidence[one], -one) > (confidence[other], -other) for one in chosen for other in left_out)

@@ -187,7 +187,7 @@ class RandomDenoiser:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, canvas, windows, positions, frontier):
-        scores = torch.rand(*positions.shape, 3, generator=self.generator)
+        scores = torch.rand(len(positions), len(positions[0]), 3, generator=self.generator)
         return scores, [window.hi - window.lo for window in windows]
 
     def batch_select_indices(self, indices):
@@ -209,7 +209,7 @@ def draft_letters(scores):
 
 def some(confidence):
     """A rule that writes a few."""
-    return (confidence > 0.9).sum(1)
+    return sum(one > 0.9 for one in confidence)
 
 
 def filled(state):
