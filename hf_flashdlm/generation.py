@@ -7,6 +7,7 @@ criteria, length and typo checks, stays the host's. Knows nothing of how a step 
 
 import inspect
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -166,7 +167,8 @@ class FlashDLMGenerationMixin(GenerationMixin):
             stream.show(state.rows, final)
             return finished
 
-        denoise(state, denoiser, method, processors, drafter, after_step)
+        with _without_autograd(compile_config):
+            denoise(state, denoiser, method, processors, drafter, after_step)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
@@ -228,6 +230,15 @@ def _check_model(model) -> None:
             f"`model` must attend to the whole canvas in every layer, got {type(model).__name__} with sliding "
             "windows: set its `layer_types` to full attention if its weights allow it."
         )
+
+
+def _without_autograd(compile_config):
+    """
+    Inference mode, where the host has turned off gradients only: it spares each operation more. Parameters that are
+    sharded over processes do not stand it, and to captured graphs it makes no difference.
+    """
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return nullcontext() if is_distributed or compile_config is not None else torch.inference_mode()
 
 
 @dataclass(frozen=True)

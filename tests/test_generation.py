@@ -277,6 +277,31 @@ def test_the_configuration_of_the_caller_is_not_changed(tiny):
     assert outputs[0].tolist() == outputs[1].tolist()
 
 
+@every_model
+@pytest.mark.parametrize("policy", ["none", "freecache"])
+def test_a_model_can_be_trained_on_what_it_has_written(tiny, name, policy):
+    model = tiny(name)
+    sequences = model.generate(torch.tensor([PROMPT]), max_new_tokens=6, window_policy=policy)
+    assert not sequences.is_inference()
+    model(sequences, labels=sequences).loss.backward()
+    assert all(one.grad is not None for one in model.parameters())
+    model.zero_grad()
+
+
+def test_forwards_run_in_inference_mode_where_no_process_shares_the_model(tiny, tmp_path):
+    modes = []
+    hook = tiny("llada").register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
+    alone = tiny("llada").generate(torch.tensor([PROMPT]), max_new_tokens=6)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        shared = tiny("llada").generate(torch.tensor([PROMPT]), max_new_tokens=6)
+    finally:
+        torch.distributed.destroy_process_group()
+        hook.remove()
+    half = len(modes) // 2
+    assert modes == half * [True] + half * [False] and shared.equal(alone)
+
+
 # --- where options come from -----------------------------------------------------------------------------------------
 
 
