@@ -4,22 +4,20 @@ Owns which methods are compared, what is counted and how it is reported. Knows n
 """
 
 import json
-import platform
 import random
 import statistics
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import transformers
 from rich.console import Console, Group
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__
 from .display import mask_character
 from .guider import ARGuider
+from .machine import describe_machine, versions
 from .prompting import Checkpoint, Continuation
 
 
@@ -229,13 +227,8 @@ def make_record(settings: Settings, block_length: int, measurements: list[Measur
     return {
         "command": "flashdlm demo",
         "settings": asdict(settings) | {"max_new_tokens": MAX_NEW_TOKENS, "block_length": block_length},
-        "versions": {
-            "hf_flashdlm": __version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "machine": {"device": "cpu", "processor": platform.machine(), "threads": torch.get_num_threads()},
+        "versions": versions(),
+        "machine": describe_machine(torch.device("cpu")),
         "baselines": {"full_canvas": full_canvas.method.name, "eos_stop": eos_stop.method.name},
         "methods": [method_record(one, full_canvas.median_seconds, eos_stop.median_seconds) for one in measurements],
     }

@@ -7,6 +7,7 @@ count, time and weigh. Knows nothing of methods, or of how decoding works.
 import ctypes
 import os
 import platform
+import re
 import subprocess
 import time
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from . import __version__
 
 
 PROCESS = Path("/proc/self")
+TUNING = re.compile("MALLOC_|OMP_|GOMP_|KMP_")  # variables that allocators and thread pools read
 
 
 @dataclass(frozen=True)
@@ -231,12 +233,14 @@ def synchronize(device: torch.device) -> None:
 
 def describe_machine(device: torch.device) -> dict:
     """The machine in words and numbers."""
+    tuning = [f"{name}={value}" for name, value in sorted(os.environ.items()) if TUNING.match(name)]
     card = {
         "device": device.type,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
+        "environment": " ".join(tuning) or "default",
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

@@ -21,7 +21,7 @@ from hf_flashdlm.cli import Parser
 from hf_flashdlm.demo import TINY, binomial_interval
 from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
-from hf_flashdlm.machine import Ceilings, CostModel, Forward, Probe, commit, peak_memory
+from hf_flashdlm.machine import Ceilings, CostModel, Forward, Probe, commit, describe_machine, peak_memory
 from hf_flashdlm.measuring import Models, Recipe, Run, format_table, problem_workload
 from hf_flashdlm.prompting import Checkpoint
 from hf_flashdlm.recipes import recipes
@@ -423,6 +423,13 @@ def test_ceilings_are_numbers_of_this_machine():
     ceilings = Ceilings.measure(torch.device("cpu"), torch.float32, 10**6)
     assert 1e8 < ceilings.flops_per_second < 1e15
     assert 1e8 < ceilings.bytes_per_second < 1e14
+
+
+def test_the_card_names_what_tunes_allocator_and_threads(monkeypatch):
+    monkeypatch.setattr("os.environ", {"GOMP_SPINCOUNT": "9", "HOME": "/home", "MALLOC_TRIM_THRESHOLD_": "7"})
+    assert describe_machine(torch.device("cpu"))["environment"] == "GOMP_SPINCOUNT=9 MALLOC_TRIM_THRESHOLD_=7"
+    monkeypatch.setattr("os.environ", {})
+    assert describe_machine(torch.device("cpu"))["environment"] == "default"
 
 
 def test_the_commit_is_known_in_a_repository():
