@@ -53,6 +53,16 @@ def test_tokens_and_counts_are_those_of_eager_forwards(tiny, decode, name, setti
         assert compiled[field].equal(eager[field])
 
 
+def test_compiled_forwards_run_in_the_mode_of_the_host(tiny, monkeypatch):
+    modes = []
+    run = Forward._compiled
+    monkeypatch.setattr(
+        Forward, "_compiled", lambda *args: modes.append(torch.is_inference_mode_enabled()) or run(*args)
+    )
+    tiny("llada").generate(torch.tensor(PROMPTS[:1]), max_new_tokens=8, block_length=4, compile_config=EAGER)
+    assert modes and not any(modes)
+
+
 def test_a_guider_is_compiled_too(tiny, decode):
     options = {"max_new_tokens": 24, "block_length": 8}
     guide = ARGuider(tiny("guider"), accept="topk", top_k=5)

@@ -288,7 +288,7 @@ def test_a_model_can_be_trained_on_what_it_has_written(tiny, name, policy):
     model.zero_grad()
 
 
-def test_forwards_run_in_inference_mode_where_no_process_shares_the_model(tiny, tmp_path):
+def test_forwards_run_in_inference_mode_unless_processes_share_the_model(tiny, tmp_path):
     modes = []
     hook = tiny("llada").register_forward_pre_hook(lambda *_: modes.append(torch.is_inference_mode_enabled()))
     alone = tiny("llada").generate(torch.tensor([PROMPT]), max_new_tokens=6)

@@ -56,6 +56,7 @@ def test_the_comparison_with_other_loops_is_its_record():
     for row in pairs:
         assert shown[row["like"]][[1, 4, 16].index(row["batch_size"])] == f"{row['speed_over_like']:.2f}x"
     assert f"The median is {median(row['speed_over_like'] for row in pairs):.2f}x" in text
+    assert all(row["speed_over_like"] > 1 for row in pairs)
     others = [row for row in rows if row["like"] is None and row["batch_size"] == 1]
     bounds = [f"{1 / (1 - row['outside_forwards_share']):.2f}" for row in others]
     assert f"a loop that cost nothing would be {min(bounds)} to {max(bounds)} times as fast" in text
