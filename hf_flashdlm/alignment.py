@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .compiling import Forward
+from .compiling import Forward, device_of
 from .reading import check_length, start_cache
 
 
@@ -125,7 +125,7 @@ class TextReader:
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` of the batch."""
         self.seen = [self.seen[index] for index in indices.tolist()]
-        self.cache.batch_select_indices(indices.to(self.model.device))
+        self.cache.batch_select_indices(indices.to(device_of(self.model)))
 
     def judge(self, rows: list[list[int]], first: list[int], rule: Callable) -> list[set[int]]:
         """
@@ -168,7 +168,7 @@ class TextReader:
         known = [_common_prefix(seen, row) for seen, row in zip(self.seen, ids, strict=True)]
         start = min(min(begins) - 1, *known)
         kept = min(begins) - 1
-        device = self.model.device
+        device = device_of(self.model)
         self.cache.crop(min(start - self.cache.get_seq_length(), 0))
         logits = self.forward(
             input_ids=padded[:, start:].to(device),

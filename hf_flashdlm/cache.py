@@ -64,7 +64,8 @@ class FreeCacheLayer(DynamicLayer):
         else:
             # A row with fewer positions than the others repeats one: both copies hold the same states.
             rows = torch.arange(len(states), device=states.device)[:, None]
-            buffer.transpose(1, 2)[rows, self.target.positions] = states.transpose(1, 2)
+            positions = self.target.positions.to(states.device)  # layers may lie on several devices
+            buffer.transpose(1, 2)[rows, positions] = states.transpose(1, 2)
 
     def get_seq_length(self) -> int:
         return self.target.start

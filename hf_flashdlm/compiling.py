@@ -1,7 +1,7 @@
 """Compiled forwards.
 
-Owns when the forward of a model runs compiled, what captured graphs need, and what happens where it cannot be
-compiled. Knows nothing of canvases, windows, or which of the two models it runs.
+Owns when the forward of a model runs compiled, what captured graphs need, what happens where it cannot be compiled,
+and where its inputs go. Knows nothing of canvases, windows, or which of the two models it runs.
 """
 
 from weakref import WeakKeyDictionary
@@ -17,6 +17,11 @@ CAPTURING_MODES = ("reduce-overhead", "max-autotune")  # of `torch.compile`: a G
 # What could not be compiled, so that no later call tries again: settings by the embedding of the model, which the
 # views that decode models of other classes share with it.
 _failed = WeakKeyDictionary()
+
+
+def device_of(model) -> torch.device:
+    """Where a model takes its inputs: beside its weights; on the CPU, where hooks fetch offloaded ones."""
+    return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
 class Forward:

@@ -22,6 +22,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import FreeCache
+from .compiling import device_of
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising import DenoisingState, denoise
 from .generation_config import PEER_NAMES, DiffusionOptions
@@ -253,13 +254,14 @@ class _Layout:
 
 def _lay_out(model, input_ids, prompt_mask, guidance) -> _Layout:
     """Bring prompt and negative prompt to the same length."""
-    ids = input_ids.to(model.device)
-    mask = torch.ones_like(ids) if prompt_mask is None else prompt_mask.to(model.device)
+    device = device_of(model)
+    ids = input_ids.to(device)
+    mask = torch.ones_like(ids) if prompt_mask is None else prompt_mask.to(device)
     if guidance is None or guidance.unconditional_context["input_ids"] is None:
         return _Layout(ids, mask)
-    negative = guidance.unconditional_context["input_ids"].to(model.device)
+    negative = guidance.unconditional_context["input_ids"].to(device)
     negative_mask = guidance.unconditional_context["attention_mask"]
-    negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask.to(model.device)
+    negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask.to(device)
     repeats = len(ids) // len(negative)
     longest = max(ids.shape[1], negative.shape[1])
     return _Layout(

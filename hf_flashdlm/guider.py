@@ -9,6 +9,7 @@ import math
 import torch
 
 from .alignment import Alignment, TextReader
+from .compiling import device_of
 from .gate import Gate
 from .reading import ARReader
 from .unmasking import draft
@@ -182,7 +183,7 @@ class ARGuider(ARReader):
     def _text_reader(self, diffusion_model) -> TextReader:
         ends = self._end_ids(diffusion_model) | {self.canvas_tokenizer.eos_token_id} - {None}
         guider_ends = sorted(self._end_ids(self.model) | {self.tokenizer.eos_token_id} - {None})
-        self.guider_ends = torch.tensor(guider_ends, device=self.model.device, dtype=torch.long)
+        self.guider_ends = torch.tensor(guider_ends, device=device_of(self.model), dtype=torch.long)
         end = self.tokenizer.eos_token_id
         alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends, end)
         return TextReader(self.forward, alignment, len(self.rows))

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .compiling import Forward
+from .compiling import Forward, device_of
 
 
 PADDING = 256  # two models with one tokenizer may round the size of its vocabulary up differently
@@ -122,7 +122,7 @@ class ARReader(LogitsProcessor):
         self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
         if not self.reads_text:
             check_length(self.model, int(canvas_mask.sum(1).max()))
-        self.canvas_mask = canvas_mask.to(self.model.device)
+        self.canvas_mask = canvas_mask.to(device_of(self.model))
         self.is_padded = not bool(canvas_mask.all())
         self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
         if compile_config is not None:  # what it reads grows: no captured graph would be used twice

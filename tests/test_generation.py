@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GenerationConfig,
     LogitsProcessorList,
     PreTrainedTokenizerFast,
@@ -20,7 +22,8 @@ from transformers import (
 )
 
 import hf_flashdlm.generation
-from hf_flashdlm import DiffusionGenerationOutput, DiffusionOptions, FreeCache
+from hf_flashdlm import ARGuider, DiffusionGenerationOutput, DiffusionOptions, FreeCache
+from hf_flashdlm.demo import TINY
 from hf_flashdlm.generation_config import PEER_NAMES
 
 
@@ -300,6 +303,27 @@ def test_forwards_run_in_inference_mode_unless_processes_share_the_model(tiny, t
         hook.remove()
     half = len(modes) // 2
     assert modes == half * [True] + half * [False] and shared.equal(alone)
+
+
+@pytest.mark.parametrize("reads_text", [False, True])
+def test_models_whose_weights_are_offloaded_decode_the_same(decode, reads_text):
+    def load(name):
+        return AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32)
+
+    tokenizer = AutoTokenizer.from_pretrained(TINY / "dlm")
+
+    def run(model, guider):
+        guider = ARGuider(guider, tokenizer=tokenizer, canvas_tokenizer=tokenizer)
+        guider.reads_text = reads_text
+        return decode(model, PROMPTS, max_new_tokens=24, block_length=8, guider=guider)
+
+    expected = run(load("dlm"), load("guider"))
+    model, guider = load("dlm"), load("guider")
+    for one in (model, guider):
+        cpu_offload(one, execution_device=torch.device("cpu"))
+        assert one.device.type == "meta"
+    output = run(model, guider)
+    assert output.sequences.equal(expected.sequences) and output.accepted_lengths == expected.accepted_lengths
 
 
 # --- where options come from -----------------------------------------------------------------------------------------
