@@ -58,7 +58,8 @@ class FlashDLMGenerationMixin(GenerationMixin):
             An autoregressive model that judges which drafts are written at once.
         generator (`torch.Generator`, *optional*): Source of randomness with `do_sample=True`.
 
-    The host's `compile_config` compiles the forwards of both models, the diffusion model's for static shapes.
+    The host's `compile_config` compiles the forwards of both models, the diffusion model's for static shapes. Without
+    it, and outside of distributed runs, a decode runs in inference mode; what it returns can be trained on.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, sequence_length)`, prompt included, or with
