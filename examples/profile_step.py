@@ -1,0 +1,123 @@
+"""Where the time of a decode goes, part by part. What `flashdlm bench` calls outside% is all but the two forwards.
+
+    python examples/profile_step.py --json examples/results/profile.json
+
+The embedded pair decodes its held-out problems one by one. Each part is counted without the parts that it calls; of
+several passes the fastest counts. The clock itself adds about a microsecond to each call of a part.
+"""
+
+import argparse
+import shlex
+import sys
+import time
+from collections import Counter
+from functools import wraps
+from pathlib import Path
+
+import torch
+from transformers import logging
+
+from hf_flashdlm import denoising, generation
+from hf_flashdlm.denoiser import Denoiser
+from hf_flashdlm.machine import commit, describe_machine, versions
+from hf_flashdlm.measuring import Models, format_table, problem_workload, write_json
+from hf_flashdlm.outputs import Finish
+from hf_flashdlm.processors import CanvasProcessors
+from hf_flashdlm.prompting import Checkpoint
+from hf_flashdlm.recipes import recipes
+from hf_flashdlm.unmasking import Drafter
+
+
+TINY = Path(denoising.__file__).parent / "tiny"
+METHODS = ("plain-eos", "freecache+window+threshold", "guided+window+intersection")
+NEW_TOKENS = 256
+
+
+class Clock:
+    """Splits the time between the functions that it watches."""
+
+    def __init__(self):
+        self.seconds, self.parts, self.last = Counter(), [], 0.0
+
+    def watch(self, part: str, owner, name: str) -> None:
+        """Count the time of a function of `owner` as that of `part`."""
+        function = getattr(owner, name)
+
+        @wraps(function)
+        def timed(*args, **kwargs):
+            self._turn()
+            self.parts.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._turn()
+                self.parts.pop()
+
+        setattr(owner, name, timed)
+
+    def _turn(self) -> None:
+        """What has passed was the time of the part that is running."""
+        now = time.perf_counter()
+        if self.parts:
+            self.seconds[self.parts[-1]] += now - self.last
+        self.last = now
+
+
+def watched(models: Models) -> Clock:
+    """A clock on all parts of a decode."""
+    clock = Clock()
+    clock.watch("forward of the model", models.model, "forward")
+    clock.watch("forward of the guider", models.guiders["guider"], "forward")
+    clock.watch("windows and inputs", denoising.Blocks, "enter")
+    clock.watch("windows and inputs", denoising.Blocks, "candidates")
+    clock.watch("windows and inputs", Denoiser, "__call__")
+    clock.watch("acceptance by the guider", CanvasProcessors, "__call__")
+    clock.watch("drafts and confidence", Drafter, "__call__")
+    clock.watch("transfer", denoising, "_transfer")
+    clock.watch("choosing and writing", denoising, "_unmask")
+    clock.watch("choosing and writing", denoising.DenoisingState, "write")
+    clock.watch("choosing and writing", Finish, "update")
+    clock.watch("the rest of the loop", generation, "denoise")
+    clock.watch("set-up of the call", Models, "decode")
+    return clock
+
+
+def main() -> None:
+    """Measure, print, and write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", type=int, default=16)
+    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+
+    checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
+    models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, torch.device("cpu"), "float32")
+    block_length = models.model.generation_config.block_length
+    options = {"max_new_tokens": NEW_TOKENS, "block_length": block_length}
+    workload = problem_workload(checkpoint, args.problems, 1, 0, options)
+
+    clock = watched(models)
+    rows = []
+    for name in METHODS:
+        recipe, passes = recipes(NEW_TOKENS, block_length)[name], []
+        for _ in range(1 + args.passes):  # the first warms up
+            clock.seconds.clear()
+            steps = sum(int(models.decode(recipe, one, workload.options)[1].nfe) for one in workload.batches)
+            passes.append({part: 1e6 * seconds / steps for part, seconds in clock.seconds.items()})
+        best = min(passes[1:], key=lambda one: sum(one.values()))
+        rows.append({"method": name, "steps": steps, "microseconds_per_step": best})
+
+    parts = list(dict.fromkeys(part for row in reversed(rows) for part in row["microseconds_per_step"]))
+    table = [[part, *(f"{row['microseconds_per_step'].get(part, 0):.0f}" for row in rows)] for part in parts]
+    print(format_table(["microseconds per step", *METHODS], table))
+    if args.json:
+        card = {"commit": commit(), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        write_json(args.json, {"command": f"python {shlex.join(sys.argv)}", **card, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
