@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -535,6 +536,18 @@ def test_the_script_for_a_gpu_measures_each_case_once(tmp_path, small):
         DiffusionOptions(steps=args.steps or args.new_tokens, block_length=32).blocks(args.new_tokens)
     sizes = {(args.prompt_length, args.new_tokens) for args in (parser.parse_args(call.split()) for call in calls)}
     assert small or {(128, 256), (128, 1024), (1024, 256), (1024, 1024), (32512, 256)} == sizes
+
+
+def test_the_profile_of_a_step_names_its_parts(tmp_path):
+    script, path = Path(__file__).parents[1] / "examples" / "profile_step.py", tmp_path / "profile.json"
+    arguments = ["--problems", "1", "--passes", "1", "--threads", "1", "--json", path]
+    run = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, check=True)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == run.stdout.splitlines()[0].split()[-3:]
+    for row in rows:
+        parts = row["microseconds_per_step"]
+        assert all(one > 0 for one in parts.values())
+        assert ("forward of the guider" in parts) == row["method"].startswith("guided")
 
 
 def test_help_names_every_option(capsys):

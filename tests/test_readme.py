@@ -48,6 +48,20 @@ def test_the_time_outside_of_a_forward_is_that_of_the_record():
     assert f"forwards are {min(milliseconds)} to {max(milliseconds)} ms at batch 1" in " ".join(README.split())
 
 
+def test_the_profile_of_a_step_is_its_record():
+    rows, shares = record("profile")["rows"], []
+    shown = {cells[0]: cells[1:] for cells in CELLS}
+    assert shown["microseconds per step"] == [row["method"] for row in rows]
+    for index, row in enumerate(rows):
+        parts = dict(row["microseconds_per_step"])
+        assert {part: shown[part][index] for part in parts} == {part: f"{one:.0f}" for part, one in parts.items()}
+        del parts["set-up of the call"]
+        forwards = sum(one for part, one in parts.items() if part.startswith("forward"))
+        shares.append(f"{100 * (1 - forwards / sum(parts.values())):.0f} %")
+    text = "Of a step without the set-up of its call {}, {} and {} are not inside a forward."
+    assert text.format(*shares) in " ".join(README.split())
+
+
 def test_the_comparison_with_other_loops_is_its_record():
     rows, text = record("reference")["rows"], " ".join(README.split())
     pairs = [row for row in rows if row["like"] is not None]
