@@ -66,6 +66,7 @@ class Models:
     tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
     checkpoint: Checkpoint | None = None
     twin: PreTrainedModel | None = None
+    made: dict[tuple, ARGuider] = field(default_factory=dict, repr=False)  # by guider and rule
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, paths: dict[str, str], device: torch.device, dtype: str) -> "Models":
@@ -85,17 +86,24 @@ class Models:
         ids = self.model.generation_config.eos_token_id
         return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
+    def guider(self, recipe: Recipe) -> ARGuider:
+        """The guider of a recipe, made once, as a caller would."""
+        key = (recipe.guider, *recipe.rule.items())
+        if key not in self.made:
+            rule = recipe.rule
+            if recipe.guider in self.tokenizers:
+                both = {"tokenizer": self.tokenizers[recipe.guider], "canvas_tokenizer": self.checkpoint.tokenizer}
+                rule = rule | both
+            self.made[key] = ARGuider(self.guiders[recipe.guider], **rule)
+        return self.made[key]
+
     def decode(self, recipe: Recipe, inputs: dict, options: dict):
         """Decode `inputs` by `recipe`: the ids `(B, L)`, and the output of `generate` if it was used."""
         options = options | recipe.options
         if recipe.loop is not None:
             return recipe.loop(self, inputs, options), None
         if recipe.guider is not None:
-            rule = recipe.rule
-            if recipe.guider in self.tokenizers:
-                both = {"tokenizer": self.tokenizers[recipe.guider], "canvas_tokenizer": self.checkpoint.tokenizer}
-                rule = rule | both
-            options["guider"] = ARGuider(self.guiders[recipe.guider], **rule)
+            options["guider"] = self.guider(recipe)
         if recipe.compiled:
             options["compile_config"] = compile_config(self.model.device)
         options = {"do_sample": False} | options

@@ -178,9 +178,8 @@ class ARReader(LogitsProcessor):
 
     def _fill(self, input_ids, drafts, positions) -> torch.LongTensor:
         """The canvas with the drafts in place of its masks at `positions`."""
-        positions = positions.to(input_ids.device)
-        current = input_ids.gather(1, positions)
-        return input_ids.scatter(1, positions, torch.where(current == self.mask_token_id, drafts, current))
+        filled = input_ids.scatter(1, positions.to(input_ids.device), drafts)
+        return torch.where(input_ids == self.mask_token_id, filled, input_ids)
 
     def _count_forward(self, asked: torch.BoolTensor | None) -> None:
         for row in (self.rows if asked is None else self.rows[asked]).tolist():
