@@ -305,6 +305,7 @@ def test_forwards_run_in_inference_mode_unless_processes_share_the_model(tiny, t
     assert modes == half * [True] + half * [False] and shared.equal(alone)
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # older hosts do
 @pytest.mark.parametrize("reads_text", [False, True])
 def test_models_whose_weights_are_offloaded_decode_the_same(decode, reads_text):
     def load(name):
