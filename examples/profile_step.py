@@ -14,10 +14,9 @@ from collections import Counter
 from functools import wraps
 from pathlib import Path
 
-import torch
-from transformers import logging
-
 from hf_flashdlm import denoising, generation
+from hf_flashdlm.benchmark import prepare
+from hf_flashdlm.demo import TINY
 from hf_flashdlm.denoiser import Denoiser
 from hf_flashdlm.machine import commit, describe_machine, versions
 from hf_flashdlm.measuring import Models, format_table, problem_workload, write_json
@@ -28,7 +27,6 @@ from hf_flashdlm.recipes import recipes
 from hf_flashdlm.unmasking import Drafter
 
 
-TINY = Path(denoising.__file__).parent / "tiny"
 METHODS = ("plain-eos", "freecache+window+threshold", "guided+window+intersection")
 NEW_TOKENS = 256
 
@@ -89,13 +87,12 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
+    parser.set_defaults(device="cpu")
     args = parser.parse_args()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
+    device = prepare(args)
 
     checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
-    models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, torch.device("cpu"), "float32")
+    models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, device, "float32")
     block_length = models.model.generation_config.block_length
     options = {"max_new_tokens": NEW_TOKENS, "block_length": block_length}
     workload = problem_workload(checkpoint, args.problems, 1, 0, options)
@@ -115,7 +112,7 @@ def main() -> None:
     table = [[part, *(f"{row['microseconds_per_step'].get(part, 0):.0f}" for row in rows)] for part in parts]
     print(format_table(["microseconds per step", *METHODS], table))
     if args.json:
-        card = {"commit": commit(), "machine": describe_machine(torch.device("cpu")), "versions": versions()}
+        card = {"commit": commit(), "machine": describe_machine(device), "versions": versions()}
         write_json(args.json, {"command": f"python {shlex.join(sys.argv)}", **card, "rows": rows})
 
 

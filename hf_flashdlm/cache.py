@@ -92,7 +92,7 @@ class FreeCacheLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         if self.is_initialized:
-            self.keys, self.values = (_select(states, indices) for states in (self.keys, self.values))
+            self.keys, self.values = (_select_rows(states, indices) for states in (self.keys, self.values))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -259,7 +259,7 @@ class FreeCache(DynamicCache):
         self.target.computed = 0
 
 
-def _select(states: torch.Tensor, indices: torch.LongTensor) -> torch.Tensor:
+def _select_rows(states: torch.Tensor, indices: torch.LongTensor) -> torch.Tensor:
     """The rows `indices` of `states`: in place, where rows from behind them take the places of others."""
     moved = [(place, index) for place, index in enumerate(indices.tolist()) if place != index]
     if any(index < len(indices) for _, index in moved):

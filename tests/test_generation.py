@@ -902,6 +902,21 @@ def test_a_cache_of_the_callers_is_used(tiny, decode):
     assert again.sequences.tolist() == output.sequences.tolist()
 
 
+def test_a_cache_of_the_callers_is_afterwards_written_in_inference_mode_only(tiny):
+    cache, ids = FreeCache(), torch.tensor([PROMPT])
+    tiny("llada").generate(ids, max_new_tokens=4, past_key_values=cache)
+    last = cache.canvas_length - 1
+
+    def write():
+        cache.window(last, last + 1)
+        tiny("llada")(ids[:, -1:], position_ids=torch.tensor([[last]]), past_key_values=cache)
+
+    with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
+        write()
+    with torch.inference_mode():
+        write()
+
+
 def test_a_pipeline_generates_text(tiny, tokenizer):
     generate = pipeline("text-generation", model=tiny("llada"), tokenizer=tokenizer)
     options = dict(max_new_tokens=6, block_length=3, window_policy="dual", do_sample=False, stop_at_eos=False)
