@@ -14,16 +14,16 @@ from collections import Counter
 from functools import wraps
 from pathlib import Path
 
-from hf_flashdlm import denoising, generation
-from hf_flashdlm.benchmark import prepare
-from hf_flashdlm.demo import TINY
+from hf_flashdlm import denoising_loop, generation_mixin
+from hf_flashdlm.bench.demo import TINY
+from hf_flashdlm.bench.machine import commit, describe_machine, versions
+from hf_flashdlm.bench.measuring import Models, format_table, problem_workload, write_json
+from hf_flashdlm.bench.recipes import recipes
+from hf_flashdlm.canvas_processors import CanvasProcessors
+from hf_flashdlm.cli.bench import prepare
+from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.denoiser import Denoiser
-from hf_flashdlm.machine import commit, describe_machine, versions
-from hf_flashdlm.measuring import Models, format_table, problem_workload, write_json
-from hf_flashdlm.outputs import Finish
-from hf_flashdlm.processors import CanvasProcessors
-from hf_flashdlm.prompting import Checkpoint
-from hf_flashdlm.recipes import recipes
+from hf_flashdlm.generation_output import Finish
 from hf_flashdlm.unmasking import Drafter
 
 
@@ -66,16 +66,16 @@ def watched(models: Models) -> Clock:
     clock = Clock()
     clock.watch("forward of the model", models.model, "forward")
     clock.watch("forward of the guider", models.guiders["guider"], "forward")
-    clock.watch("windows and inputs", denoising.Blocks, "enter")
-    clock.watch("windows and inputs", denoising.Blocks, "candidates")
+    clock.watch("windows and inputs", denoising_loop.Blocks, "enter")
+    clock.watch("windows and inputs", denoising_loop.Blocks, "candidates")
     clock.watch("windows and inputs", Denoiser, "__call__")
     clock.watch("acceptance by the guider", CanvasProcessors, "__call__")
     clock.watch("drafts and confidence", Drafter, "__call__")
-    clock.watch("transfer", denoising, "_transfer")
-    clock.watch("choosing and writing", denoising, "_unmask")
-    clock.watch("choosing and writing", denoising.DenoisingState, "write")
+    clock.watch("transfer", denoising_loop, "_transfer")
+    clock.watch("choosing and writing", denoising_loop, "_unmask")
+    clock.watch("choosing and writing", denoising_loop.DenoisingState, "write")
     clock.watch("choosing and writing", Finish, "update")
-    clock.watch("the rest of the loop", generation, "denoise")
+    clock.watch("the rest of the loop", generation_mixin, "denoise")
     clock.watch("set-up of the call", Models, "decode")
     return clock
 

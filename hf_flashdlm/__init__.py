@@ -8,13 +8,13 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from .cache import FreeCache
 from .configuration_dream import DreamConfig
 from .configuration_llada import LLaDAConfig
-from .display import CanvasStreamer
-from .generation import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
+from .console.display import CanvasStreamer
 from .generation_config import DiffusionOptions
+from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
+from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider, ProductMixture
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModelLM
-from .outputs import DiffusionGenerationOutput
 from .tokenization_dream import DreamTokenizer
 
 

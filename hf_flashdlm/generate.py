@@ -10,8 +10,8 @@ import inspect
 import torch
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .generation import diffusion_generate
 from .generation_config import DiffusionOptions
+from .generation_mixin import diffusion_generate
 
 
 # What says where a strategy is loaded from; the host hands it on to the strategy itself.

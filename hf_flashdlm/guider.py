@@ -8,10 +8,10 @@ import math
 
 import torch
 
-from .alignment import Alignment, TextReader
 from .compiling import device_of
-from .gate import Gate
-from .reading import ARReader
+from .guider_gate import Gate
+from .guider_reader import ARReader
+from .guider_text import Alignment, TextReader
 from .unmasking import draft
 
 

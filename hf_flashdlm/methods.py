@@ -3,7 +3,7 @@
 Owns how options name a window policy, blocks, a schedule and an unmasking rule. Knows nothing of models or tensors.
 """
 
-from .denoising import Blocks, Method
+from .denoising_loop import Blocks, Method
 from .generation_config import DEFAULT_CONFIDENCE_THRESHOLD, DEFAULT_REFRESH_STEPS, DiffusionOptions
 from .schedule import MinimumSchedule, TimestepSchedule, UniformSchedule, split_steps
 from .unmasking import ConfidenceFactor, ConfidenceThreshold, EntropyBound, FrechetProfile

@@ -7,7 +7,7 @@ Qwen2. Knows nothing of steps, blocks, policies, or why a cache is frozen where 
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from .configuration_dream import DreamConfig
-from .generation import FlashDLMGenerationMixin
+from .generation_mixin import FlashDLMGenerationMixin
 
 
 class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):

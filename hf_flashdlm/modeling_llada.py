@@ -27,7 +27,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_llada import LLaDAConfig
-from .generation import FlashDLMGenerationMixin
+from .generation_mixin import FlashDLMGenerationMixin
 
 
 class LLaDARotaryEmbedding(LlamaRotaryEmbedding):

@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_flashdlm import ARGuider
-from hf_flashdlm.denoising import DenoisingState
+from hf_flashdlm.denoising_loop import DenoisingState
 
 
 torch.set_num_threads(1)  # the tensors are tiny, and workers run side by side

@@ -10,8 +10,8 @@ from transformers.generation.configuration_utils import CompileConfig
 
 import hf_flashdlm
 from hf_flashdlm import ARGuider
-from hf_flashdlm.alignment import Alignment, TextReader
 from hf_flashdlm.compiling import Forward
+from hf_flashdlm.guider_text import Alignment, TextReader
 
 
 TINY = Path(hf_flashdlm.__file__).parent / "tiny"

@@ -1,6 +1,7 @@
 """`flashdlm bench`: what it counts, what it writes, what it refuses; and the loops that ours is compared with."""
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -13,19 +14,21 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch._dynamo.utils import counters
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.configuration_utils import CompileConfig
 
-from hf_flashdlm import ablation, benchmark, comparison, measuring, shapes
-from hf_flashdlm.ablation_table import COMBINATIONS, PARTS, settings
-from hf_flashdlm.cli import Parser
-from hf_flashdlm.demo import TINY, binomial_interval
+from hf_flashdlm.bench import ablation, comparison, measuring
+from hf_flashdlm.bench.ablation_table import COMBINATIONS, PARTS, settings
+from hf_flashdlm.bench.demo import TINY, binomial_interval
+from hf_flashdlm.bench.machine import Ceilings, CostModel, Forward, Probe, commit, describe_machine, peak_memory
+from hf_flashdlm.bench.measuring import Models, Recipe, Run, format_table, problem_workload
+from hf_flashdlm.bench.models import SHAPES, guider_config, twin_config
+from hf_flashdlm.bench.recipes import recipes
+from hf_flashdlm.cli.bench import add_commands
+from hf_flashdlm.cli.main import Parser
+from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
-from hf_flashdlm.machine import Ceilings, CostModel, Forward, Probe, commit, describe_machine, peak_memory
-from hf_flashdlm.measuring import Models, Recipe, Run, format_table, problem_workload
-from hf_flashdlm.prompting import Checkpoint
-from hf_flashdlm.recipes import recipes
 
 
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
@@ -45,7 +48,7 @@ def bench(monkeypatch):
 
     def bench(*arguments):
         parser = Parser()
-        benchmark.add_commands(parser.add_subparsers())
+        add_commands(parser.add_subparsers())
         args = parser.parse_args(["bench", *arguments])
         args.run(args)
 
@@ -185,12 +188,12 @@ def test_random_weights_and_long_prompts(bench, tmp_path):
 @pytest.mark.parametrize("name", ["llada-8b", "dream-7b"])
 @pytest.mark.parametrize("guider", [None, "qwen2.5-0.5b"])
 def test_shapes_of_the_large_models(name, guider):
-    config = shapes.SHAPES[name]()
+    config = SHAPES[name]()
     args = argparse.Namespace(guider=guider, config=name)
     with torch.device("meta"):
         sizes = [
-            shapes.AutoModelForCausalLM.from_config(one).num_parameters() / 1e9
-            for one in (config, shapes.guider_config(args, config), shapes.twin_config(config))
+            AutoModelForCausalLM.from_config(one).num_parameters() / 1e9
+            for one in (config, guider_config(args, config), twin_config(config))
         ]
     assert sizes[0] == sizes[2] == pytest.approx(8.02 if name == "llada-8b" else 7.62, abs=0.01)
     assert sizes[1] == pytest.approx({None: 1.5, "qwen2.5-0.5b": 0.48}[guider], abs=0.06)
@@ -316,7 +319,7 @@ def test_the_plots_are_written(bench, tmp_path, monkeypatch):
 
 def test_the_frontier_holds_what_nothing_beats():
     pytest.importorskip("matplotlib")
-    from hf_flashdlm.plots import frontier
+    from hf_flashdlm.bench.plots import frontier
 
     rows = [dict(nfe=nfe, accuracy=accuracy) for nfe, accuracy in ((8, 0.9), (4, 0.5), (6, 0.4), (9, 0.9), (4, 0.6))]
     assert frontier(rows) == [dict(nfe=4, accuracy=0.6), dict(nfe=8, accuracy=0.9)]
@@ -492,9 +495,9 @@ def test_a_reference_without_methods_and_uneven_prompts_are_refused(bench, tmp_p
 
 
 def test_plots_without_matplotlib_are_refused(bench, tmp_path, monkeypatch):
-    find_spec = benchmark.importlib.util.find_spec
+    find_spec = importlib.util.find_spec
     monkeypatch.setattr(
-        benchmark.importlib.util,
+        importlib.util,
         "find_spec",
         lambda name, *rest: None if name == "matplotlib" else find_spec(name, *rest),
     )
@@ -529,7 +532,7 @@ def test_the_script_for_a_gpu_measures_each_case_once(tmp_path, small):
     third, nothing = run()
     assert third.returncode == 0 and nothing == []
     parser = Parser()
-    benchmark.add_commands(parser.add_subparsers())
+    add_commands(parser.add_subparsers())
     for call in calls:
         args = parser.parse_args(call.split())
         assert set(args.methods) <= set(recipes(1, 1))
@@ -552,7 +555,7 @@ def test_the_profile_of_a_step_names_its_parts(tmp_path):
 
 def test_help_names_every_option(capsys):
     parser = Parser()
-    benchmark.add_commands(parser.add_subparsers())
+    add_commands(parser.add_subparsers())
     with pytest.raises(SystemExit):
         parser.parse_args(["bench", "--help"])
     printed = capsys.readouterr().out.partition("options:")[2]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_flashdlm import demo
-from hf_flashdlm.demo import Measurement, Method, Settings
+from hf_flashdlm.bench import demo
+from hf_flashdlm.bench.demo import Measurement, Method, Settings
 
 
 SETTINGS = Settings(problems=2, batch_size=1, repeats=2, show=1, seed=0)

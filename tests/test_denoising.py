@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_flashdlm.denoising import Blocks, DenoisingState, Method, denoise
+from hf_flashdlm.denoising_loop import Blocks, DenoisingState, Method, denoise
 from hf_flashdlm.schedule import MinimumSchedule, UniformSchedule
 from hf_flashdlm.unmasking import ConfidenceThreshold, Drafter
 from hf_flashdlm.windows import BlockWindow, FreeCacheWindow, FullWindow

@@ -6,7 +6,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from hf_flashdlm.display import FRESH, MASKED, CanvasStreamer, mask_character
+from hf_flashdlm.console.display import FRESH, MASKED, CanvasStreamer, mask_character
 
 
 MASK, END = 0, 1

@@ -14,7 +14,7 @@ from transformers import (
 )
 
 from hf_flashdlm import ARGuider, DiffusionOptions, FreeCache
-from hf_flashdlm.generation import diffusion_generate
+from hf_flashdlm.generation_mixin import diffusion_generate
 from hf_flashdlm.guider import ProductMixture
 
 

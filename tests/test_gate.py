@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_flashdlm import ARGuider
-from hf_flashdlm.gate import Gate
+from hf_flashdlm.guider_gate import Gate
 
 
 MASK = 511

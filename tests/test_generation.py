@@ -21,9 +21,9 @@ from transformers import (
     pipeline,
 )
 
-import hf_flashdlm.generation
+import hf_flashdlm.generation_mixin
 from hf_flashdlm import ARGuider, DiffusionGenerationOutput, DiffusionOptions, FreeCache
-from hf_flashdlm.demo import TINY
+from hf_flashdlm.bench.demo import TINY
 from hf_flashdlm.generation_config import PEER_NAMES
 
 
@@ -334,9 +334,11 @@ def test_models_whose_weights_are_offloaded_decode_the_same(decode, reads_text):
 def options_seen(monkeypatch):
     """The checked options of each call."""
     seen = []
-    choose = hf_flashdlm.generation.choose_parts
+    choose = hf_flashdlm.generation_mixin.choose_parts
     monkeypatch.setattr(
-        hf_flashdlm.generation, "choose_parts", lambda options, *rest: seen.append(options) or choose(options, *rest)
+        hf_flashdlm.generation_mixin,
+        "choose_parts",
+        lambda options, *rest: seen.append(options) or choose(options, *rest),
     )
     return seen
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
-import hf_flashdlm.denoising
-import hf_flashdlm.generation
+import hf_flashdlm.denoising_loop
+import hf_flashdlm.generation_mixin
 from hf_flashdlm import ARGuider
-from hf_flashdlm.denoising import Blocks
+from hf_flashdlm.denoising_loop import Blocks
 from hf_flashdlm.schedule import TimestepSchedule
 from hf_flashdlm.unmasking import ConfidenceFactor
 from hf_flashdlm.windows import DKVWindow, Window
@@ -61,8 +61,8 @@ def decode(load, monkeypatch):
         model, forwards = load(case["model"]), []
         mask = case.get("attention_mask")
         if change is not None:
-            choose = hf_flashdlm.generation.choose_parts
-            monkeypatch.setattr(hf_flashdlm.generation, "choose_parts", lambda *args: change(choose(*args)))
+            choose = hf_flashdlm.generation_mixin.choose_parts
+            monkeypatch.setattr(hf_flashdlm.generation_mixin, "choose_parts", lambda *args: change(choose(*args)))
         hook = model.register_forward_pre_hook(
             lambda module, args, kwargs: forwards.append(list(kwargs["input_ids"].shape)), with_kwargs=True
         )
@@ -116,7 +116,7 @@ def test_we_differ_from_the_originals_in_ties_only(decode, monkeypatch, case):
         calls.append((torch.tensor(confidence), chosen))
         return chosen
 
-    monkeypatch.setattr(hf_flashdlm.denoising, "select", select)
+    monkeypatch.setattr(hf_flashdlm.denoising_loop, "select", select)
     settings = case["settings"]
     if "alg" in settings:
         run = decode(case, **dream_options(settings, window_policy="none"))
@@ -430,7 +430,7 @@ def test_dkv_llada_greedy(decode, monkeypatch, case):
         parts.append(GreedyOrder(case["denoising_order_per_block"], settings, method.schedule))
         return replace(method, window_policy=parts[0])
 
-    monkeypatch.setattr(hf_flashdlm.generation, "Drafter", lambda *args: lambda scores: parts[0].draft(scores))
+    monkeypatch.setattr(hf_flashdlm.generation_mixin, "Drafter", lambda *args: lambda scores: parts[0].draft(scores))
     options = llada_options(settings, steps=settings["steps"], window_policy="dkv")
     assert_equal(decode(case, change, **options), case)
 

@@ -21,7 +21,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, Qwen2ForCausalLM
 from transformers.dynamic_module_utils import check_python_requirements
 
-from hf_flashdlm import __version__, cli, diffusion_generate, hub, make_bidirectional
+import hf_flashdlm
+from hf_flashdlm import __version__, diffusion_generate, make_bidirectional
+from hf_flashdlm.cli import main as cli
 from hf_flashdlm.generate import decode, generate
 from hf_flashdlm.generation_config import (
     DEFAULT_BLOCK_LENGTH,
@@ -29,14 +31,23 @@ from hf_flashdlm.generation_config import (
     WINDOW_POLICIES,
     DiffusionOptions,
 )
-from hf_flashdlm.push import list_files, push
+from hf_flashdlm.hub.export import (
+    REQUIREMENTS,
+    _card_of,
+    _save_card,
+    export_code,
+    export_guider,
+    export_model,
+    export_strategy,
+)
+from hf_flashdlm.hub.push import list_files, push
 
 
 # The client's own, where it sends a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = Path(hub.__file__).parent
+PACKAGE = Path(hf_flashdlm.__file__).parent
 TINY = PACKAGE / "tiny"
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -70,11 +81,11 @@ def exported(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(TINY / "dlm" / name, folder / "llada" / name)
     return {
-        MODEL: hub.export_model(str(TINY / "dlm"), folder / "dlm", MODEL, "tiny-dlm"),
-        GUIDER: hub.export_guider(str(TINY / "guider"), folder / "guider", GUIDER, "tiny-guider"),
-        CODE: hub.export_code("Dream", folder / "code", CODE, str(TINY / "dlm")),
-        STRATEGY: hub.export_strategy(folder / "strategy", STRATEGY),
-        LLADA: hub.export_model(str(folder / "llada"), folder / "llada_out", LLADA),
+        MODEL: export_model(str(TINY / "dlm"), folder / "dlm", MODEL, "tiny-dlm"),
+        GUIDER: export_guider(str(TINY / "guider"), folder / "guider", GUIDER, "tiny-guider"),
+        CODE: export_code("Dream", folder / "code", CODE, str(TINY / "dlm")),
+        STRATEGY: export_strategy(folder / "strategy", STRATEGY),
+        LLADA: export_model(str(folder / "llada"), folder / "llada_out", LLADA),
     }
 
 
@@ -89,7 +100,7 @@ def minihub(tmp_path_factory):
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub_cache")))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that this Hub does not speak
         patch.delenv("HF_TOKEN", raising=False)
-        patch.setattr("hf_flashdlm.push.get_token", lambda: None)
+        patch.setattr("hf_flashdlm.hub.push.get_token", lambda: None)
         yield minihub
 
 
@@ -303,7 +314,7 @@ def test_checkpoints_of_the_hub_are_exported_and_their_cards_run(run_apart, orig
     for checkpoint, weights in CHECKPOINTS.items():
         name = checkpoint.partition("/")[2]
         repo_id = f"o/flash-{name}"
-        folder = hub.export_model(checkpoint, tmp_path / name, repo_id)
+        folder = export_model(checkpoint, tmp_path / name, repo_id)
         for original in exported[weights].glob("*.safetensors"):
             assert (folder / original.name).read_bytes() == original.read_bytes()
         push(folder, repo_id, token=TOKEN)
@@ -332,7 +343,7 @@ def test_the_section_of_the_readme_runs_as_written(run_apart, installed):
 
 def test_the_commands_of_the_readme_run_as_written(originals, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_flashdlm.push.get_token", lambda: TOKEN)
+    monkeypatch.setattr("hf_flashdlm.hub.push.get_token", lambda: TOKEN)
     commands = [shlex.split(line, comments=True)[1:] for line in SECTION.splitlines() if line.startswith("flashdlm ")]
     assert [words[0] for words in commands] == ["export", "push"]
     for words in commands:
@@ -397,8 +408,9 @@ def test_the_source_files_are_those_of_the_package_byte_for_byte(exported):
         for path in folder.rglob("*.py"):
             assert path.read_bytes() == (PACKAGE / path.name).read_bytes()
             seen.add(path.name)
-    assert {"generate.py", "modeling_llada.py", "modeling_dream.py", "generation.py", "denoising.py"} <= seen
-    assert not seen & {"hub.py", "cli.py", "__init__.py"}
+    assert {"generate.py", "generation_mixin.py", "denoising_loop.py"} <= seen
+    assert {"modeling_llada.py", "modeling_dream.py"} <= seen
+    assert not seen & {"export.py", "main.py", "__init__.py"}
 
 
 def test_weights_names_and_options_are_kept(exported):
@@ -424,7 +436,7 @@ def test_options_survive_a_config_that_the_host_derived(tmp_path):
     source = shutil.copytree(TINY / "dlm", tmp_path / "source")
     derived = {"_from_model_config": True, "block_length": 4, "eos_token_id": 0}
     (source / "generation_config.json").write_text(json.dumps(derived))
-    folder = hub.export_model(str(source), tmp_path / "out", "o/n")
+    folder = export_model(str(source), tmp_path / "out", "o/n")
     options = GenerationConfig.from_pretrained(folder)
     assert (options.block_length, options.mask_token_id, options.do_sample) == (4, 1, False)
 
@@ -433,14 +445,14 @@ def test_shards_are_kept(tmp_path):
     source = tmp_path / "source"
     AutoModelForCausalLM.from_pretrained(TINY / "dlm").save_pretrained(source, max_shard_size="1MB")
     AutoTokenizer.from_pretrained(TINY / "dlm").save_pretrained(source)
-    folder = hub.export_model(str(source), tmp_path / "out", "o/n")
+    folder = export_model(str(source), tmp_path / "out", "o/n")
     names = sorted(path.name for path in source.glob("model*"))
     assert len(names) > 2
     for name in names:
         assert (folder / name).read_bytes() == (source / name).read_bytes()
     (source / names[0]).unlink()
     with pytest.raises(ValueError, match=f"has no {names[0]}"):
-        hub.export_model(str(source), tmp_path / "other", "o/n")
+        export_model(str(source), tmp_path / "other", "o/n")
 
 
 def test_the_tokenizer_of_dream_is_saved_as_qwen2s(tmp_path):
@@ -450,7 +462,7 @@ def test_the_tokenizer_of_dream_is_saved_as_qwen2s(tmp_path):
         "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
     }
     (source / "tokenizer_config.json").write_text(json.dumps(settings))
-    saved = json.loads((hub.export_model(str(source), tmp_path / "out", "o/n") / "tokenizer_config.json").read_text())
+    saved = json.loads((export_model(str(source), tmp_path / "out", "o/n") / "tokenizer_config.json").read_text())
     assert saved["tokenizer_class"].startswith("Qwen2Tokenizer")
     assert "auto_map" not in saved and saved["padding_side"] == "left"
 
@@ -462,7 +474,7 @@ def test_the_host_reads_the_requirements(exported, monkeypatch):
         with pytest.raises(ImportError, match=r"transformers>=5.18 \(installed: 5.17.0\)"):
             check_python_requirements(exported[STRATEGY], "custom_generate/requirements.txt")
     stated = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for requirement in hub.REQUIREMENTS:
+    for requirement in REQUIREMENTS:
         assert f'"{requirement}"' in stated
 
 
@@ -474,7 +486,7 @@ CARDS = sorted(path.stem for path in (ROOT / "model_cards").glob("[!_R]*.md"))
 
 @pytest.mark.parametrize("card", CARDS)
 def test_a_card_is_valid(card, tmp_path):
-    hub._save_card(tmp_path, card, "o/n", None, **({"model_type": "Dream"} if card == "code" else {}))
+    _save_card(tmp_path, card, "o/n", None, **({"model_type": "Dream"} if card == "code" else {}))
     content = (tmp_path / "README.md").read_text(encoding="utf-8")
     data = ModelCard(content).data
     assert isinstance(data, ModelCardData)
@@ -492,14 +504,14 @@ def test_a_card_is_valid(card, tmp_path):
 
 
 def test_cards_of_checkpoints_are_found_by_their_names(tmp_path):
-    assert hub._card_of("GSAI-ML/LLaDA-1.5") == "llada-1.5"
-    assert hub._card_of("Dream-org/Dream-v0-Instruct-7B/") == "dream-v0-instruct-7b"
-    assert hub._card_of("o/unheard-of") == "model"
+    assert _card_of("GSAI-ML/LLaDA-1.5") == "llada-1.5"
+    assert _card_of("Dream-org/Dream-v0-Instruct-7B/") == "dream-v0-instruct-7b"
+    assert _card_of("o/unheard-of") == "model"
     for checkpoint, license in (
         ("GSAI-ML/LLaDA-8B-Instruct", "mit"),
         ("Dream-org/Dream-v0-Instruct-7B", "apache-2.0"),
     ):
-        hub._save_card(tmp_path, hub._card_of(checkpoint), "o/n", checkpoint)
+        _save_card(tmp_path, _card_of(checkpoint), "o/n", checkpoint)
         data = ModelCard.load(tmp_path / "README.md").data
         assert (data.license, data.base_model) == (license, [checkpoint])
 
@@ -601,7 +613,7 @@ def sharded(tmp_path):
             weight.add_(1)
     model.save_pretrained(tmp_path / "source", max_shard_size="1MB")
     AutoTokenizer.from_pretrained(TINY / "dlm").save_pretrained(tmp_path / "source")
-    return hub.export_model(str(tmp_path / "source"), tmp_path / "sharded", "o/sharded")
+    return export_model(str(tmp_path / "source"), tmp_path / "sharded", "o/sharded")
 
 
 def test_a_repeated_push_sends_only_what_the_hub_has_not(sharded, minihub, impatient):
@@ -683,7 +695,7 @@ def test_a_hub_that_is_not_there_or_refuses_is_one_sentence(exported, minihub, m
 def test_a_repository_has_an_organization_and_a_name(repo_id, tmp_path):
     for call in (
         lambda: push(tmp_path, repo_id, token=TOKEN),
-        lambda: hub.export_strategy(tmp_path / "out", repo_id),
+        lambda: export_strategy(tmp_path / "out", repo_id),
     ):
         with pytest.raises(ValueError, match="`repo_id` must have the form organization/name, got"):
             call()
@@ -696,7 +708,7 @@ def test_a_repository_has_an_organization_and_a_name(repo_id, tmp_path):
         (MODEL, "config.json"),
         (MODEL, "model.safetensors"),
         (MODEL, "tokenizer_config.json"),
-        (MODEL, "denoising.py"),
+        (MODEL, "denoising_loop.py"),
         (CODE, "modeling_dream.py"),
         (GUIDER, "model.safetensors"),
         (STRATEGY, "custom_generate/generate.py"),
@@ -736,16 +748,16 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, minihub, tmp_path):
         assert not (tmp_path / "out").exists()
 
     def export(path, *more):
-        return (hub.export_model, str(path), tmp_path / "out", "o/n", *more)
+        return (export_model, str(path), tmp_path / "out", "o/n", *more)
 
     refused("`checkpoint` must be a diffusion model of type 'llada' or 'Dream', got 'llama'", *export(TINY / "guider"))
     refused(
         "must be a folder or a repository that can be downloaded, got 'o/absent' \\(Repo.*Error\\)",
         *export("o/absent"),
     )
-    refused("must be an autoregressive model", hub.export_guider, str(checkpoint), tmp_path / "out", "o/n")
-    refused("`model_type` must be 'llada' or 'Dream', got 'gpt2'", hub.export_code, "gpt2", tmp_path / "out", "o/n")
-    refused("must be of type 'llada', got 'Dream'", hub.export_code, "llada", tmp_path / "out", "o/n", str(checkpoint))
+    refused("must be an autoregressive model", export_guider, str(checkpoint), tmp_path / "out", "o/n")
+    refused("`model_type` must be 'llada' or 'Dream', got 'gpt2'", export_code, "gpt2", tmp_path / "out", "o/n")
+    refused("must be of type 'llada', got 'Dream'", export_code, "llada", tmp_path / "out", "o/n", str(checkpoint))
     weights = load_file(checkpoint / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, checkpoint / "model.safetensors")
@@ -766,11 +778,11 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, minihub, tmp_path):
 
 def test_folders_and_cards_that_do_not_fit_are_refused(checkpoint, tmp_path):
     with pytest.raises(ValueError, match="`directory` must be new or empty"):
-        hub.export_strategy(checkpoint, "o/n")
+        export_strategy(checkpoint, "o/n")
     with pytest.raises(ValueError, match="`directory` must be new or empty"):
-        hub.export_strategy(checkpoint / "config.json", "o/n")
+        export_strategy(checkpoint / "config.json", "o/n")
     with pytest.raises(ValueError, match="`card` must be one of code, .*, tiny-guider, got 'none'"):
-        hub.export_model(str(checkpoint), tmp_path / "out", "o/n", "none")
+        export_model(str(checkpoint), tmp_path / "out", "o/n", "none")
 
 
 # The command line
@@ -802,7 +814,7 @@ def test_the_commands_export_and_list(run, minihub, tmp_path):
 
 
 def test_the_command_pushes(exported, minihub, run, monkeypatch):
-    monkeypatch.setattr("hf_flashdlm.push.get_token", lambda: TOKEN)
+    monkeypatch.setattr("hf_flashdlm.hub.push.get_token", lambda: TOKEN)
     printed = run("push", exported[STRATEGY], "o/command", "--private", "--tag", "v9")
     assert printed == f"{minihub.url}/o/command/tree/v9\n"
     assert minihub.repositories["o/command"].private and "v9" in minihub.repositories["o/command"].tags

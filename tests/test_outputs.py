@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_flashdlm.outputs import Finish
+from hf_flashdlm.generation_output import Finish
 
 
 PAD, END, OTHER_END = ord("."), ord("!"), ord("?")

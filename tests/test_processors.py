@@ -7,7 +7,7 @@ import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as host
 
-from hf_flashdlm.processors import BY_CONTEXT, BY_LENGTH, POSITIONWISE, CanvasProcessors
+from hf_flashdlm.canvas_processors import BY_CONTEXT, BY_LENGTH, POSITIONWISE, CanvasProcessors
 
 
 MASK, EOS, VOCAB = 0, 1, 12

@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from hf_flashdlm.comparison import report_comparison
+from hf_flashdlm.bench.comparison import report_comparison
 
 
 REPOSITORY = Path(__file__).parents[1]

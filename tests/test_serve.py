@@ -15,9 +15,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from hf_flashdlm import hub
-from hf_flashdlm.demo import TINY
-from hf_flashdlm.prompting import Checkpoint, load_guider
+from hf_flashdlm.bench.demo import TINY
+from hf_flashdlm.console.checkpoint import Checkpoint, load_guider
+from hf_flashdlm.hub.export import export_model
 
 
 # What `pip install "transformers[serving]"` adds, and the host's command line, which may lack something even so.
@@ -72,7 +72,7 @@ def ask(url, folder, **options):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return hub.export_model(str(TINY / "dlm"), tmp_path_factory.mktemp("exported") / "tiny", "o/tiny", "tiny-dlm")
+    return export_model(str(TINY / "dlm"), tmp_path_factory.mktemp("exported") / "tiny", "o/tiny", "tiny-dlm")
 
 
 @pytest.fixture(scope="module")

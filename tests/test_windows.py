@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashdlm.denoising import Blocks, Method, denoise
+from hf_flashdlm.denoising_loop import Blocks, Method, denoise
 from hf_flashdlm.schedule import MinimumSchedule
 from hf_flashdlm.windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow
 

@@ -9,11 +9,11 @@ import argparse
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from .configuration_dream import DreamConfig
-from .configuration_llada import LLaDAConfig
+from ..configuration_dream import DreamConfig
+from ..configuration_llada import LLaDAConfig
+from ..console.checkpoint import Checkpoint
 from .demo import TINY
 from .measuring import Models
-from .prompting import Checkpoint
 
 
 SHAPES = {"llada-8b": LLaDAConfig, "dream-7b": DreamConfig, "tiny": None}

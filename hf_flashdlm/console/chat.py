@@ -10,7 +10,7 @@ from contextlib import suppress
 
 from rich.console import Console
 
-from .prompting import Checkpoint, Continuation
+from .checkpoint import Checkpoint, Continuation
 
 
 with suppress(ImportError):  # not on every system

@@ -24,11 +24,11 @@ from transformers import (
     TextStreamer,
 )
 
-from .configuration_dream import DreamConfig
-from .configuration_llada import LLaDAConfig
+from ..configuration_dream import DreamConfig
+from ..configuration_llada import LLaDAConfig
+from ..generation_output import DiffusionGenerationOutput
+from ..guider import ARGuider
 from .display import CanvasStreamer, mask_character
-from .guider import ARGuider
-from .outputs import DiffusionGenerationOutput
 
 
 MODEL_TYPES = (LLaDAConfig.model_type, DreamConfig.model_type)

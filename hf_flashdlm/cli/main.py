@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 from transformers.utils import logging
 
-from . import __version__
-from .benchmark import add_commands as add_bench
-from .chat import run_chat
-from .demo import GUIDANCE, TINY, Settings, run_demo, sample_problems
-from .generation_config import WINDOW_POLICIES
-from .hub_cli import add_commands
-from .prompting import MAX_NEW_TOKENS, Checkpoint, Continuation
+from .. import __version__
+from ..bench.demo import GUIDANCE, TINY, Settings, run_demo, sample_problems
+from ..console.chat import run_chat
+from ..console.checkpoint import MAX_NEW_TOKENS, Checkpoint, Continuation
+from ..generation_config import WINDOW_POLICIES
+from .bench import add_commands as add_bench
+from .hub import add_commands
 
 
 # Options that are keywords of `generate`.

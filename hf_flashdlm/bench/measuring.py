@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import CompileConfig
 
+from ..console.checkpoint import Checkpoint
+from ..guider import ARGuider
 from .demo import TINY, binomial_interval, final_number
-from .guider import ARGuider
 from .machine import Forward, Probe, synchronize
-from .prompting import Checkpoint
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from ..console.checkpoint import Checkpoint
+from ..guider import ARGuider
 from .ablation_table import Setting, settings
 from .demo import TINY
-from .guider import ARGuider
 from .measuring import Models, Run, Workload, format_table, problem_workload, run, write_json
-from .prompting import Checkpoint
 
 
 APART = ("sampling", "guider alone")  # decided by chance, and without the diffusion model

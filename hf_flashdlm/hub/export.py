@@ -26,14 +26,14 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from . import __version__
-from .configuration_dream import DreamConfig
-from .configuration_llada import LLaDAConfig
-from .generate import generate
-from .generation_config import DiffusionOptions
-from .modeling_dream import DreamModel
-from .modeling_llada import LLaDAModelLM
-from .tokenization_dream import DreamTokenizer
+from .. import __version__
+from ..configuration_dream import DreamConfig
+from ..configuration_llada import LLaDAConfig
+from ..generate import generate
+from ..generation_config import DiffusionOptions
+from ..modeling_dream import DreamModel
+from ..modeling_llada import LLaDAModelLM
+from ..tokenization_dream import DreamTokenizer
 
 
 MODELS = {LLaDAConfig.model_type: (LLaDAConfig, LLaDAModelLM), DreamConfig.model_type: (DreamConfig, DreamModel)}
@@ -275,7 +275,7 @@ def _save_code(model: PreTrainedModel, directory: Path) -> None:
 
 def _cards() -> Path:
     """The folder of the cards: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     return next(path for path in (package / "model_cards", package.parent / "model_cards") if path.is_dir())
 
 

@@ -9,9 +9,9 @@ import shlex
 from rich.console import Console
 from rich.filesize import decimal
 
-from . import __version__
-from .hub import MODELS, check_repo_id, export_code, export_guider, export_model, export_strategy
-from .push import list_files, push
+from .. import __version__
+from ..hub.export import MODELS, check_repo_id, export_code, export_guider, export_model, export_strategy
+from ..hub.push import list_files, push
 
 
 def add_commands(commands) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from . import __version__
+from .. import __version__
 
 
 PROCESS = Path("/proc/self")
@@ -266,7 +266,7 @@ def versions() -> dict[str, str]:
 
 def commit() -> str | None:
     """The commit of this package, with a `+` if files of it differ; `None` where it is not run from a repository."""
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str | None:
         try:

@@ -15,13 +15,13 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .display import mask_character
-from .guider import ARGuider
+from ..console.checkpoint import Checkpoint, Continuation
+from ..console.display import mask_character
+from ..guider import ARGuider
 from .machine import describe_machine, versions
-from .prompting import Checkpoint, Continuation
 
 
-TINY = Path(__file__).parent / "tiny"
+TINY = Path(__file__).parents[1] / "tiny"
 MAX_NEW_TOKENS = 64
 SECONDS_PER_FORWARD = 0.04
 

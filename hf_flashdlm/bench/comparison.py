@@ -34,8 +34,8 @@ import torch
 
 from .machine import Ceilings, CostModel, peak_memory
 from .measuring import Models, Recipe, Run, Workload, format_table, problem_workload, random_workload, run
+from .models import load_models, random_model, twin_config
 from .recipes import choose, compiled, recipes, references
-from .shapes import load_models, random_model, twin_config
 
 
 RANDOM_PROMPT_LENGTH = 128  # of random ids, unless the caller names one

@@ -22,14 +22,14 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import FreeCache
+from .canvas_processors import CanvasProcessors
 from .compiling import device_of
 from .denoiser import ClassifierFreeGuidance, Denoiser
-from .denoising import DenoisingState, denoise
+from .denoising_loop import DenoisingState, denoise
 from .generation_config import PEER_NAMES, DiffusionOptions
+from .generation_output import DiffusionGenerationOutput, Finish
 from .guider import ARGuider
 from .methods import choose_parts
-from .outputs import DiffusionGenerationOutput, Finish
-from .processors import CanvasProcessors
 from .streaming import Stream
 from .unmasking import Drafter
 

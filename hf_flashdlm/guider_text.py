@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .compiling import Forward, device_of
-from .reading import check_length, start_cache
+from .guider_reader import check_length, start_cache
 
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished character decodes to

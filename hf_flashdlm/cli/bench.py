@@ -14,13 +14,13 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from .ablation import report_ablation, run_ablation
-from .comparison import compare, report_comparison
-from .machine import commit, describe_machine, versions
-from .measuring import write_json
-from .prompting import check_device
-from .recipes import recipes
-from .shapes import GUIDER_SHAPES, SHAPES
+from ..bench.ablation import report_ablation, run_ablation
+from ..bench.comparison import compare, report_comparison
+from ..bench.machine import commit, describe_machine, versions
+from ..bench.measuring import write_json
+from ..bench.models import GUIDER_SHAPES, SHAPES
+from ..bench.recipes import recipes
+from ..console.checkpoint import check_device
 
 
 # Arguments that an ablation has no use for: its models and prompts are the embedded ones.
@@ -120,7 +120,7 @@ def bench(args: argparse.Namespace, command: str) -> None:
     check_plot(args.plot, is_ablation)
     print((report_ablation if is_ablation else report_comparison)(record))
     if args.plot is not None:
-        from . import plots  # matplotlib is needed for this alone
+        from ..bench import plots  # matplotlib is needed for this alone
 
         (plots.plot_ablation if is_ablation else plots.plot_bench)(record, Path(args.plot))
     if args.json == "-":

@@ -1,0 +1,1 @@
+"""Repositories for the Hugging Face Hub: their folders and their upload."""
