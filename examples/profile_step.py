@@ -15,15 +15,17 @@ from functools import wraps
 from pathlib import Path
 
 from hf_flashdlm import denoising_loop, generation_mixin
-from hf_flashdlm.bench.demo import TINY
+from hf_flashdlm.bench.decoding import Models
 from hf_flashdlm.bench.machine import commit, describe_machine, versions
-from hf_flashdlm.bench.measuring import Models, format_table, problem_workload, write_json
 from hf_flashdlm.bench.recipes import recipes
+from hf_flashdlm.bench.report import format_table, write_json
+from hf_flashdlm.bench.workload import problem_workload
 from hf_flashdlm.canvas_processors import CanvasProcessors
 from hf_flashdlm.cli.bench import prepare
 from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.denoiser import Denoiser
-from hf_flashdlm.generation_output import Finish
+from hf_flashdlm.stopping import RowEnds
+from hf_flashdlm.tiny import FOLDER
 from hf_flashdlm.unmasking import Drafter
 
 
@@ -74,7 +76,7 @@ def watched(models: Models) -> Clock:
     clock.watch("transfer", denoising_loop, "_transfer")
     clock.watch("choosing and writing", denoising_loop, "_unmask")
     clock.watch("choosing and writing", denoising_loop.DenoisingState, "write")
-    clock.watch("choosing and writing", Finish, "update")
+    clock.watch("choosing and writing", RowEnds, "update")
     clock.watch("the rest of the loop", generation_mixin, "denoise")
     clock.watch("set-up of the call", Models, "decode")
     return clock
@@ -91,8 +93,8 @@ def main() -> None:
     args = parser.parse_args()
     device = prepare(args)
 
-    checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
-    models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, device, "float32")
+    checkpoint = Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
+    models = Models.load(checkpoint, {"guider": str(FOLDER / "guider")}, device, "float32")
     block_length = models.model.generation_config.block_length
     options = {"max_new_tokens": NEW_TOKENS, "block_length": block_length}
     workload = problem_workload(checkpoint, args.problems, 1, 0, options)

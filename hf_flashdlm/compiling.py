@@ -24,7 +24,7 @@ def device_of(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
-class Forward:
+class CompiledForward:
     r"""
     The forward of a model, compiled where that is asked for. The first one of a cache, which makes its buffers, always
     runs eagerly; so do all of a model that could not be compiled, with one warning.

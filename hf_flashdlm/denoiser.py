@@ -8,7 +8,7 @@ Knows nothing of blocks, policies, or how tokens are chosen.
 import torch
 
 from .cache import FreeCache
-from .compiling import Forward
+from .compiling import CompiledForward
 from .windows import Window
 
 
@@ -32,7 +32,7 @@ class Denoiser:
     def __init__(
         self, model, canvas_mask: torch.LongTensor, cache: FreeCache | None, logits_shift: int, compile_config=None
     ):
-        self.forward = Forward(model, compile_config)
+        self.forward = CompiledForward(model, compile_config)
         self.is_static = compile_config is not None
         self.takes_broadcast = model.config._attn_implementation == "sdpa"
         self.cache = cache
@@ -149,7 +149,7 @@ class Denoiser:
         if self.shift:
             fed = fed.roll(-1, 1)
             fed[:, -1] = scored.all(1)  # scores nothing in the canvas: recomputed in a refresh only
-            too = torch.tensor([window.scored_too for window in windows])[:, None]
+            too = torch.tensor([window.include_scored for window in windows])[:, None]
             fed |= scored & too
             fed[:, -1:] = torch.where(too, fed[:, -2:-1], fed[:, -1:])
         fed = fed & (torch.arange(length) >= torch.tensor([window.frozen for window in windows])[:, None])

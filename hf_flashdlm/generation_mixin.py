@@ -27,9 +27,10 @@ from .compiling import device_of
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
 from .generation_config import PEER_NAMES, DiffusionOptions
-from .generation_output import DiffusionGenerationOutput, Finish
+from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider
 from .methods import choose_parts
+from .stopping import RowEnds
 from .streaming import Stream
 from .unmasking import Drafter
 
@@ -161,11 +162,11 @@ class FlashDLMGenerationMixin(GenerationMixin):
         processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip)
         # 3. The loop.
         state = DenoisingState.start(canvas, mask_token_id, method.window_policy.history)
-        finish = Finish(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
+        ends = RowEnds(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
         stream = Stream(streamer, prompt_length, skip)
 
         def after_step(state):
-            final, finished = finish.update(state)
+            final, finished = ends.update(state)
             stream.show(state.rows, final)
             return finished
 
@@ -174,7 +175,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
-        output = finish.output(input_ids.device, skip=skip, **statistics)
+        output = ends.output(input_ids.device, skip=skip, **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
 
 

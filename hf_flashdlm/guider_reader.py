@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .compiling import Forward, device_of
+from .compiling import CompiledForward, device_of
 
 
 PADDING = 256  # two models with one tokenizer may round the size of its vocabulary up differently
@@ -127,7 +127,7 @@ class ARReader(LogitsProcessor):
         self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
         if compile_config is not None:  # what it reads grows: no captured graph would be used twice
             compile_config = replace(compile_config, dynamic=True, mode=None)
-        self.forward = Forward(self.model, compile_config)
+        self.forward = CompiledForward(self.model, compile_config)
         self.cache = start_cache(self.model)
         self.committed = 0  # length of the clean prefix that all rows shared at the last call
         self.rows = torch.arange(len(canvas_mask))

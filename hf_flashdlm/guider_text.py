@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .compiling import Forward, device_of
+from .compiling import CompiledForward, device_of
 from .guider_reader import check_length, start_cache
 
 
@@ -109,7 +109,7 @@ class TextReader:
     the first such place.
 
     Args:
-        forward ([`Forward`]): The guider's.
+        forward ([`CompiledForward`]): The guider's.
         alignment ([`Alignment`]): The way between the vocabularies.
         num_rows (`int`): Rows of the batch.
 
@@ -117,7 +117,7 @@ class TextReader:
         ValueError: If its model has no cache that can be cropped.
     """
 
-    def __init__(self, forward: Forward, alignment: Alignment, num_rows: int):
+    def __init__(self, forward: CompiledForward, alignment: Alignment, num_rows: int):
         self.forward, self.model, self.alignment = forward, forward.model, alignment
         self.cache = start_cache(self.model)
         self.seen: list[list[int]] = [[] for _ in range(num_rows)]

@@ -21,7 +21,7 @@ class Window:
             The states of `[0, frozen)` stay as they are. Less than before thaws them, for a refresh.
         scored (`bytearray`, *optional*):
             Recompute only what scores these positions of the canvas, one byte each, instead of all of `[lo, hi)`.
-        scored_too (`bool`): Recompute these positions as well, where the logits are shifted.
+        include_scored (`bool`): Recompute these positions as well, where the logits are shifted.
     """
 
     lo: int
@@ -29,7 +29,7 @@ class Window:
     attended: int
     frozen: int
     scored: bytearray | None = None
-    scored_too: bool = False
+    include_scored: bool = False
 
 
 class WindowPolicy(Protocol):
@@ -152,14 +152,14 @@ class DKVWindow:
         refresh_steps (`int`): Every so many steps of a block everything is recomputed, at its first step in any case.
         first_steps (`int`): As are the first steps of a block, this many.
         frozen_prompt (`int`): The states of the first so many positions are computed once (variant "pd").
-        scored_too (`bool`): Recompute the masked positions and not only those that score them, which differ for
+        include_scored (`bool`): Recompute the masked positions and not only those that score them, which differ for
             models with shifted logits (variant "un_right").
     """
 
     refresh_steps: int
     first_steps: int = 1
     frozen_prompt: int = 0
-    scored_too: bool = False
+    include_scored: bool = False
     history: int = 0
     synchronous: bool = True
     needs_entropy: bool = False
@@ -172,4 +172,4 @@ class DKVWindow:
             for position in row.written:
                 scored[position] = True
         # A canvas without decoded tokens is recomputed to its end, whatever the shift.
-        return Window(frozen, length, length, frozen, scored, self.scored_too or row.nfe == 1)
+        return Window(frozen, length, length, frozen, scored, self.include_scored or row.nfe == 1)

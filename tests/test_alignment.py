@@ -10,7 +10,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 import hf_flashdlm
 from hf_flashdlm import ARGuider
-from hf_flashdlm.compiling import Forward
+from hf_flashdlm.compiling import CompiledForward
 from hf_flashdlm.guider_text import Alignment, TextReader
 
 
@@ -150,7 +150,7 @@ def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_token
     verdicts = []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        reader = Compared(Forward(byte_model), alignment, 3)
+        reader = Compared(CompiledForward(byte_model), alignment, 3)
         reader.verdicts = verdicts
         # Drafts are drawn anew behind what is written, so that the text before them is split at other places.
         written = [torch.randint(0, 512, (int(length),), generator=generator).tolist() for length in (1, 9, 4)]
@@ -167,7 +167,7 @@ def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_token
 
 def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
     alignment = Alignment(canvas_tokenizer, byte_tokenizer, set(), None)
-    reader = TextReader(Forward(byte_model), alignment, 1)
+    reader = TextReader(CompiledForward(byte_model), alignment, 1)
     row = canvas_tokenizer("Hana has 12").input_ids
     special = len(row)  # an end token, which here has no counterpart
     accept_all = lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)  # noqa: E731
@@ -178,7 +178,7 @@ def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_t
 
 
 def test_a_draft_is_accepted_when_every_token_that_shares_its_text_is(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(Forward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = TextReader(CompiledForward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
     row = canvas_tokenizer("Hana has 12").input_ids  # Hana, has, 1, 2; of the guider's tokens one holds both digits
 
     def accepted(*refused):
@@ -192,7 +192,7 @@ def test_a_draft_is_accepted_when_every_token_that_shares_its_text_is(canvas_tok
 
 
 def test_what_nothing_stands_before_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(Forward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = TextReader(CompiledForward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
     row = canvas_tokenizer(" 12").input_ids
     assert len(row) == 2  # and one token of the guider's
     assert reader.judge([row], [0], lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)) == [set()]
@@ -207,7 +207,7 @@ def test_any_end_token_of_the_guider_stands_for_its_end(pair, canvas_tokenizer):
 
 
 def test_a_text_longer_than_the_guider_has_positions_for_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(Forward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = TextReader(CompiledForward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
     reader.model.config.max_position_embeddings, before = 8, reader.model.config.max_position_embeddings
     try:
         with pytest.raises(ValueError, match="^`guider` must have positions for the 12 tokens that it reads, got a"):

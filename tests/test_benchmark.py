@@ -17,18 +17,21 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.configuration_utils import CompileConfig
 
-from hf_flashdlm.bench import ablation, comparison, measuring
-from hf_flashdlm.bench.ablation_table import COMBINATIONS, PARTS, settings
-from hf_flashdlm.bench.demo import TINY, binomial_interval
-from hf_flashdlm.bench.machine import Ceilings, CostModel, Forward, Probe, commit, describe_machine, peak_memory
-from hf_flashdlm.bench.measuring import Models, Recipe, Run, format_table, problem_workload
+from hf_flashdlm.bench import ablation, comparison, decoding
+from hf_flashdlm.bench.ablation_table import PART_COMBINATIONS, PARTS, settings
+from hf_flashdlm.bench.decoding import Models, Recipe
+from hf_flashdlm.bench.machine import Ceilings, CostModel, ForwardShape, Probe, commit, describe_machine, peak_memory
 from hf_flashdlm.bench.models import SHAPES, guider_config, twin_config
 from hf_flashdlm.bench.recipes import recipes
+from hf_flashdlm.bench.report import format_table
+from hf_flashdlm.bench.run import Run, binomial_interval
+from hf_flashdlm.bench.workload import problem_workload
 from hf_flashdlm.cli.bench import add_commands
 from hf_flashdlm.cli.main import Parser
 from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
+from hf_flashdlm.tiny import FOLDER as TINY
 
 
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
@@ -109,7 +112,7 @@ def test_references_are_compared_with_our_settings_for_them(bench, tmp_path, cap
 
 def test_compiled_forwards_are_measured_beside_the_others(bench, tmp_path, monkeypatch, capsys):
     eager = CompileConfig(backend="eager", mode=None)
-    monkeypatch.setattr(measuring, "compile_config", lambda device: eager)
+    monkeypatch.setattr(decoding, "compile_config", lambda device: eager)
     path = tmp_path / "record.json"
     bench(*SHORT, "--methods", "freecache,guided,ar", "--compile", "--json", str(path))
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
@@ -125,8 +128,8 @@ def test_compiled_forwards_are_measured_beside_the_others(bench, tmp_path, monke
 
 
 def test_graphs_are_captured_where_launches_cost():
-    assert measuring.compile_config(torch.device("cuda")).mode == "reduce-overhead"
-    assert measuring.compile_config(torch.device("cpu")).mode is None
+    assert decoding.compile_config(torch.device("cuda")).mode == "reduce-overhead"
+    assert decoding.compile_config(torch.device("cpu")).mode is None
 
 
 def test_steps_write_several_tokens_each(bench, tmp_path):
@@ -217,7 +220,7 @@ def test_every_row_of_the_ablation_has_options_that_generate_takes():
         ARGuider(None, **setting.recipe.rule)
     names = [(setting.group, setting.recipe.name) for setting in table]
     assert len(set(names)) == len(names), "a row could not be told from another"
-    assert {name for parts in COMBINATIONS for name in parts.split()} == set(PARTS)
+    assert {name for parts in PART_COMBINATIONS for name in parts.split()} == set(PARTS)
     for group in ("guider size", "guider alone"):
         assert {setting.recipe.guider for setting in table if setting.group == group} == {"small", "large"}
     large = [one.recipe.name for one in table if one.group == "intersection" and one.recipe.guider == "large"]
@@ -319,10 +322,10 @@ def test_the_plots_are_written(bench, tmp_path, monkeypatch):
 
 def test_the_frontier_holds_what_nothing_beats():
     pytest.importorskip("matplotlib")
-    from hf_flashdlm.bench.plots import frontier
+    from hf_flashdlm.bench.plots import pareto_rows
 
     rows = [dict(nfe=nfe, accuracy=accuracy) for nfe, accuracy in ((8, 0.9), (4, 0.5), (6, 0.4), (9, 0.9), (4, 0.6))]
-    assert frontier(rows) == [dict(nfe=4, accuracy=0.6), dict(nfe=8, accuracy=0.9)]
+    assert pareto_rows(rows) == [dict(nfe=4, accuracy=0.6), dict(nfe=8, accuracy=0.9)]
 
 
 def test_the_verdict_names_what_comes_within_a_point():
@@ -369,7 +372,7 @@ def test_a_run_is_a_mean_per_row():
 def test_the_cost_model_counts_as_one_would_by_hand(tiny):
     model = tiny("llada_gqa")
     cost, config = CostModel(model), model.config
-    forward = Forward(rows=2, queries=3, keys=5, head_rows=1)
+    forward = ForwardShape(rows=2, queries=3, keys=5, head_rows=1)
     linear = [one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
     head = config.embedding_size * config.d_model
     norms = (2 * config.n_layers + 1) * config.d_model
@@ -381,7 +384,7 @@ def test_the_cost_model_counts_as_one_would_by_hand(tiny):
     flops_bound, bytes_bound = Ceilings(1.0, 1e30), Ceilings(1e30, 1.0)
     assert cost.floor_seconds([forward, forward], flops_bound) == 2 * cost.flops(forward)
     assert cost.floor_seconds([forward], bytes_bound) == cost.bytes(forward)
-    kept = [Forward(2, 3, keys, 1, cached=keys < 6) for keys in (4, 5, 6)]
+    kept = [ForwardShape(2, 3, keys, 1, cached=keys < 6) for keys in (4, 5, 6)]
     assert cost.kept_bytes(kept) == 4 * 2 * 2 * 5 * config.n_layers * config.n_kv_heads * head_dim
 
 
@@ -392,7 +395,7 @@ def test_a_probe_sees_each_forward_and_is_gone_afterwards(tiny):
         output = model.generate(
             prompt, max_new_tokens=4, block_length=2, steps=4, stop_at_eos=False, return_dict_in_generate=True
         )
-    assert probe.forwards[0] == Forward(rows=1, queries=8, keys=8, head_rows=2, cached=True)
+    assert probe.forwards[0] == ForwardShape(rows=1, queries=8, keys=8, head_rows=2, cached=True)
     assert len(probe.forwards) == output.nfe == 4
     assert sum(one.queries for one in probe.forwards) == output.active_tokens
     assert probe.seconds > 0

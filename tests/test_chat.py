@@ -9,10 +9,10 @@ from contextlib import nullcontext
 import pytest
 from rich.console import Console
 
-from hf_flashdlm.bench.demo import TINY
 from hf_flashdlm.cli import main as cli
 from hf_flashdlm.console.chat import read_lines, run_chat
 from hf_flashdlm.console.checkpoint import Checkpoint
+from hf_flashdlm.tiny import FOLDER as TINY
 
 
 CHAT = ["chat", "--device", "cpu", "--dtype", "float32"]

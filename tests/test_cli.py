@@ -8,8 +8,8 @@ import sys
 import pytest
 
 import hf_flashdlm
-from hf_flashdlm.bench.demo import TINY
 from hf_flashdlm.cli import main as cli
+from hf_flashdlm.tiny import FOLDER as TINY
 
 
 QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does Adam have now?"

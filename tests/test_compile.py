@@ -10,7 +10,7 @@ from transformers import Qwen2ForCausalLM
 from transformers.generation.configuration_utils import CompileConfig
 
 from hf_flashdlm import ARGuider, diffusion_generate, make_bidirectional
-from hf_flashdlm.compiling import Forward
+from hf_flashdlm.compiling import CompiledForward
 
 
 EAGER = CompileConfig(backend="eager", mode=None)
@@ -55,9 +55,9 @@ def test_tokens_and_counts_are_those_of_eager_forwards(tiny, decode, name, setti
 
 def test_compiled_forwards_run_in_the_mode_of_the_host(tiny, monkeypatch):
     modes = []
-    run = Forward._compiled
+    run = CompiledForward._compiled
     monkeypatch.setattr(
-        Forward, "_compiled", lambda *args: modes.append(torch.is_inference_mode_enabled()) or run(*args)
+        CompiledForward, "_compiled", lambda *args: modes.append(torch.is_inference_mode_enabled()) or run(*args)
     )
     tiny("llada").generate(torch.tensor(PROMPTS[:1]), max_new_tokens=8, block_length=4, compile_config=EAGER)
     assert modes and not any(modes)
@@ -139,7 +139,7 @@ def test_what_a_replay_would_write_over_is_copied(mode):
         get_input_embeddings=lambda: embedding,
         get_compiled_call=lambda config: lambda **inputs: SimpleNamespace(logits=logits),
     )
-    returned = Forward(model, CompileConfig(mode=mode))(input_ids=None).logits
+    returned = CompiledForward(model, CompileConfig(mode=mode))(input_ids=None).logits
     assert returned.equal(logits) and (returned is logits) == (mode is None)
 
 

@@ -7,7 +7,10 @@ import torch
 from rich.console import Console
 
 from hf_flashdlm.bench import demo
-from hf_flashdlm.bench.demo import Measurement, Method, Settings
+from hf_flashdlm.bench.decoding import Recipe
+from hf_flashdlm.bench.demo import Measurement, Settings
+from hf_flashdlm.bench.run import binomial_interval
+from hf_flashdlm.tiny import FOLDER, final_number, sample_problems
 
 
 SETTINGS = Settings(problems=2, batch_size=1, repeats=2, show=1, seed=0)
@@ -87,8 +90,8 @@ def test_a_file_gets_text_without_control_codes(run):
 def test_a_terminal_sees_the_canvas_fill(monkeypatch):
     monkeypatch.setattr(demo, "SECONDS_PER_FORWARD", 0.0)
     console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    checkpoint = demo.Checkpoint.load(str(demo.TINY / "dlm"), "cpu", "float32")
-    problems = demo.sample_problems(1, seed=0)
+    checkpoint = demo.Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
+    problems = sample_problems(1, seed=0)
     demo.show_decoding(checkpoint, demo.compared_methods(None)[2:3], problems, console)
     printed = console.file.getvalue()
     assert "░ is a masked position" in printed
@@ -118,7 +121,7 @@ def test_the_table_fits_80_columns_whatever_the_figures():
 
 
 def test_the_seed_draws_the_problems():
-    first, again, other = (demo.sample_problems(20, seed) for seed in (0, 0, 1))
+    first, again, other = (sample_problems(20, seed) for seed in (0, 0, 1))
     assert first == again != other
     assert len({problem.question for problem in first}) == 20
 
@@ -127,7 +130,7 @@ def test_more_problems_than_there_are_is_refused():
     with pytest.raises(
         ValueError, match="`--problems` must be at most [0-9]+, which is all the package holds, got 99999"
     ):
-        demo.sample_problems(99999, seed=0)
+        sample_problems(99999, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -135,15 +138,15 @@ def test_more_problems_than_there_are_is_refused():
     [("3 + 4 = 7.\n#### 7", 7), ("#### 1 #### 12 ", 12), ("7", None), ("####", None), ("#### seven", None)],
 )
 def test_the_final_number_is_behind_the_last_mark(text, number):
-    assert demo.final_number(text) == number
+    assert final_number(text) == number
 
 
 def test_the_interval_of_a_share_is_wilsons():
     # Worked by hand for 8 of 10 with z = 1.96: center 0.7166, half width 0.2267.
-    assert demo.binomial_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
-    assert demo.binomial_interval(0, 10)[0] == 0
-    assert demo.binomial_interval(10, 10)[1] == 1
+    assert binomial_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
+    assert binomial_interval(0, 10)[0] == 0
+    assert binomial_interval(10, 10)[1] == 1
 
 
 def test_the_time_of_a_method_is_the_median_of_its_runs():
-    assert Measurement(Method("any", {}), seconds=[3.0, 1.0, 2.0]).median_seconds == 2
+    assert Measurement(Recipe("any"), seconds=[3.0, 1.0, 2.0]).median_seconds == 2

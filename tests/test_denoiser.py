@@ -167,7 +167,7 @@ def test_scattered_positions_are_scored_by_their_own_logits(model, too):
     scored[1, [5, 9]] = True
     positions = consecutive([4, 4], 6)
     denoiser = warmed(denoiser_of(model), canvas)
-    window = window_of(0, LENGTH, scored=scored, scored_too=too)
+    window = window_of(0, LENGTH, scored=scored, include_scored=too)
     logits, computed = denoiser(canvas, window, positions, [4, 5])
     asked = scored.gather(1, torch.tensor(positions))
     assert_close(logits[asked], reference(model, canvas, positions)[asked])

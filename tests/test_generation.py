@@ -23,8 +23,8 @@ from transformers import (
 
 import hf_flashdlm.generation_mixin
 from hf_flashdlm import ARGuider, DiffusionGenerationOutput, DiffusionOptions, FreeCache
-from hf_flashdlm.bench.demo import TINY
 from hf_flashdlm.generation_config import PEER_NAMES
+from hf_flashdlm.tiny import FOLDER as TINY
 
 
 MASK = 511

@@ -334,7 +334,7 @@ def test_dkv_dream(decode, case):
         options |= {"window_policy": "dkv"}
 
         def change(method):
-            policy = DKVWindow(settings["cache_steps"], frozen_prompt=frozen, scored_too=too)
+            policy = DKVWindow(settings["cache_steps"], frozen_prompt=frozen, include_scored=too)
             return replace(method, window_policy=policy)
 
     assert_equal(decode(case, change, **options), case)

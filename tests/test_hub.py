@@ -517,7 +517,7 @@ def test_cards_of_checkpoints_are_found_by_their_names(tmp_path):
 
 
 def test_numbers_of_cards_come_from_the_results(exported):
-    results = json.loads((ROOT / "examples" / "tiny" / "results.json").read_text())
+    results = json.loads((TINY / "results.json").read_text())
     card = (exported[MODEL] / "README.md").read_text()
     for score in (value for name, value in results["scores"].items() if name != "guider alone"):
         assert f"| {score['exact_match']} | {score['nfe']} |" in card

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_flashdlm.generation_output import Finish
+from hf_flashdlm.stopping import RowEnds
 
 
 PAD, END, OTHER_END = ord("."), ord("!"), ord("?")
@@ -17,8 +17,8 @@ def decode(start):
     class Decode:
         def __init__(self, *texts, ends=(END, OTHER_END), criteria=()):
             self.state = start(*texts)
-            self.finish = Finish(self.state, PROMPT, PAD, ends, criteria)
-            self.output = self.finish.output
+            self.ends = RowEnds(self.state, PROMPT, PAD, ends, criteria)
+            self.output = self.ends.output
 
         def write(self, *texts, nfe=1):
             for row, text in zip(self.state.rows, texts, strict=True):
@@ -26,7 +26,7 @@ def decode(start):
                 row.write({place: letter for place, letter in letters.items() if row.masked[place]})
                 row.nfe, row.active_tokens = nfe, 10 * nfe
             self.state.write()
-            final, finished = self.finish.update(self.state)
+            final, finished = self.ends.update(self.state)
             self.state.batch_select_indices((~torch.tensor(finished)).nonzero().flatten())
             return final, finished
 

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from hf_flashdlm.bench.demo import TINY
 from hf_flashdlm.console.checkpoint import MAX_NEW_TOKENS, Checkpoint
+from hf_flashdlm.tiny import FOLDER as TINY
 
 
 QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does Adam have now?"

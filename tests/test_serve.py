@@ -15,9 +15,9 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from hf_flashdlm.bench.demo import TINY
 from hf_flashdlm.console.checkpoint import Checkpoint, load_guider
 from hf_flashdlm.hub.export import export_model
+from hf_flashdlm.tiny import FOLDER as TINY
 
 
 # What `pip install "transformers[serving]"` adds, and the host's command line, which may lack something even so.

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from hf_flashdlm import ARGuider
-from hf_flashdlm.bench.demo import TINY
+from hf_flashdlm.tiny import FOLDER as TINY
 
 
 pytestmark = [

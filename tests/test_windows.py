@@ -158,7 +158,7 @@ def test_dkv_keeps_a_prompt_once_it_has_been_computed(at):
 
 @pytest.mark.parametrize(("too", "nfe", "expected"), [(False, 1, True), (False, 2, False), (True, 2, True)])
 def test_dkv_recomputes_masks_themselves_after_the_first_forward_or_where_told(at, too, nfe, expected):
-    assert DKVWindow(8, scored_too=too)(at(5, nfe=nfe, block_nfe=1)).scored_too is expected
+    assert DKVWindow(8, include_scored=too)(at(5, nfe=nfe, block_nfe=1)).include_scored is expected
 
 
 # What holds for all of them

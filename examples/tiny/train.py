@@ -248,9 +248,10 @@ def write_results(run: Run, scores: dict[str, dict[str, float]], parameters: dic
     }
     here = run.options.out / "examples/tiny"
     here.mkdir(parents=True, exist_ok=True)
-    (here / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     shutil.copy(run.options.work / "log.jsonl", here / "log.jsonl")
-    with (run.options.out / "hf_flashdlm/tiny/problems.jsonl").open("w") as file:
+    package = run.options.out / "hf_flashdlm/tiny"
+    (package / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    with (package / "problems.jsonl").open("w") as file:
         for problem in run.exam:
             file.write(json.dumps(asdict(problem)) + "\n")
 

@@ -17,9 +17,12 @@ import torch
 
 from ..console.checkpoint import Checkpoint
 from ..guider import ARGuider
+from ..tiny import FOLDER
 from .ablation_table import Setting, settings
-from .demo import TINY
-from .measuring import Models, Run, Workload, format_table, problem_workload, run, write_json
+from .decoding import Models
+from .report import format_table, write_json
+from .run import Run, run
+from .workload import Workload, problem_workload
 
 
 APART = ("sampling", "guider alone")  # decided by chance, and without the diffusion model
@@ -67,8 +70,8 @@ def load(args: argparse.Namespace, device: torch.device, machine: dict) -> tuple
     """The models, the problems, and what all rows share that decides on their outcome."""
     dtype, problems, new_tokens = args.dtype or "float32", args.problems or 500, args.new_tokens or 64
     batch_size = (args.batch_size or [25])[0]
-    checkpoint = Checkpoint.load(str(TINY / "dlm"), str(device), dtype)
-    paths = {Path(path).resolve().name: path for path in args.guiders or [str(TINY / "guider")]}
+    checkpoint = Checkpoint.load(str(FOLDER / "dlm"), str(device), dtype)
+    paths = {Path(path).resolve().name: path for path in args.guiders or [str(FOLDER / "guider")]}
     if len(paths) < len(args.guiders or "1") or paths.keys() & {"model", "twin"}:
         raise ValueError("`--guiders` must be folders of different names, and not called model or twin: rename one.")
     workload = problem_workload(checkpoint, problems, batch_size, args.seed, {"max_new_tokens": new_tokens})
@@ -169,7 +172,7 @@ def report_ablation(record: dict) -> str:
     headers = ["accuracy %", "95%", "NFE", "guider", "active", "tok/fwd", "accepted %", "guider s %", "seconds"]
     tables = []
     for group in dict.fromkeys(row["group"] for row in record["rows"]):
-        rows = [cells(row) for row in record["rows"] if row["group"] == group]
+        rows = [format_row(row) for row in record["rows"] if row["group"] == group]
         tables.append(format_table([group, *headers], rows))
     lines = ["Within a point of the best plain order:"]
     for name, row in verdict(record["rows"]).items():
@@ -180,7 +183,7 @@ def report_ablation(record: dict) -> str:
     return "\n\n".join([*tables, "\n".join(lines)])
 
 
-def cells(row: dict) -> list[str]:
+def format_row(row: dict) -> list[str]:
     """A row of the printed table."""
     low, high = row["accuracy_interval"]
     judged = row["drafts_judged"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .measuring import Models, Recipe
+from .decoding import Models, Recipe
 
 
 # The parts, and what they ask of `generate` and of the guider.
@@ -24,7 +24,7 @@ PARTS = {
 }
 # What is put together. The window is FreeCache's; the last three are the guider's, which takes the place of
 # the threshold where it judges, while "beyond" leaves the drafts behind the first refused one to it.
-COMBINATIONS = (
+PART_COMBINATIONS = (
     "",
     "EOS",
     "FreeCache",
@@ -60,7 +60,7 @@ RIGHT_WINDOWS = (8, 16, 32)
 TOP_KS = (1, 2, 3, 5)
 RELATIVE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
 LOW_THRESHOLDS = (0.3, 0.5, 0.6, 0.7, 0.8)
-RULES = {
+GUIDER_RULES = {
     "top1": {"accept": "top1"},
     "topk 5": {"accept": "topk", "top_k": 5},
     "relative": {},
@@ -132,7 +132,7 @@ def settings(new_tokens: int, block_length: int, guiders: list[str]) -> list[Set
         return Setting(group, Recipe(name or recipe.name, options, recipe.guider, rule), seeds)
 
     return [
-        *(setting("parts", "", parts) for parts in COMBINATIONS),
+        *(setting("parts", "", parts) for parts in PART_COMBINATIONS),
         *(setting(*row) for row in block_rows(new_tokens)),
         *(setting(*row) for row in rule_rows()),
         *(setting(*row, guider=name) for name in guiders for row in size_rows(name)),
@@ -181,7 +181,7 @@ def rule_rows():
         yield "threshold", f"union {sure}", judged + " union", {}, rule
         yield "threshold", f"intersection {sure}", judged + " intersection", {}, rule
     for sure in LOW_THRESHOLDS:
-        for name, rule in RULES.items():
+        for name, rule in GUIDER_RULES.items():
             both = rule | {"combine": "intersection", "confidence_threshold": sure}
             yield "intersection", f"{name}, both {sure}", judged, {}, both
             yield "intersection", f"{name}, both {sure}, window 32", judged, {"right_window": 32}, both

@@ -32,10 +32,13 @@ from dataclasses import dataclass
 
 import torch
 
+from .decoding import Models, Recipe
 from .machine import Ceilings, CostModel, peak_memory
-from .measuring import Models, Recipe, Run, Workload, format_table, problem_workload, random_workload, run
 from .models import load_models, random_model, twin_config
 from .recipes import choose, compiled, recipes, references
+from .report import format_table
+from .run import Run, run
+from .workload import Workload, problem_workload, random_workload
 
 
 RANDOM_PROMPT_LENGTH = 128  # of random ids, unless the caller names one
@@ -77,7 +80,7 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
         def told(text: str, batch_size: int = batch_size) -> None:
             note(f"batch {batch_size}, {text}")
 
-        measured = measure(models, chosen, workload, args.repeats or 3, told)
+        measured = time_methods(models, chosen, workload, args.repeats or 3, told)
         rows += [{"batch_size": batch_size} | row for row in make_rows(measured, costs, ceilings)]
     return {
         "options": options,
@@ -118,7 +121,7 @@ class Measured:
         return statistics.median(one.seconds for one in self.runs)
 
 
-def measure(
+def time_methods(
     models: Models, chosen: list[Recipe], workload: Workload, repeats: int, note: Callable[[str], None]
 ) -> dict[str, Measured]:
     """Run all methods: what was measured, by name."""
@@ -180,7 +183,7 @@ def equal_share(one: Measured, other: Measured | None) -> float | None:
     return sum(left == right for left, right in pairs) / len(pairs)
 
 
-def cells(row: dict) -> list[str]:
+def format_row(row: dict) -> list[str]:
     """A row of the printed table."""
 
     def number(name: str, form: str, scale: float = 1) -> str:
@@ -209,7 +212,7 @@ def cells(row: dict) -> list[str]:
 def report_comparison(record: dict) -> str:
     """The ceilings, the table, without columns that hold nothing, and the pairs that write the same tokens."""
     ceilings = record["ceilings"]
-    columns = zip(HEADERS, *(cells(row) for row in record["rows"]), strict=True)
+    columns = zip(HEADERS, *(format_row(row) for row in record["rows"]), strict=True)
     headers, *rows = zip(*(column for column in columns if set(column[1:]) != {"-"}), strict=True)
     lines = [
         f"GEMM: {ceilings['flops_per_second'] / 1e9:.0f} GFLOP/s in {ceilings['dtype']}",

@@ -3,11 +3,8 @@
 Owns which methods are compared, what is counted and how it is reported. Knows nothing of how decoding works.
 """
 
-import json
-import random
 import statistics
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from rich.console import Console, Group
@@ -18,15 +15,14 @@ from rich.text import Text
 from ..console.checkpoint import Checkpoint, Continuation
 from ..console.display import mask_character
 from ..guider import ARGuider
+from ..tiny import FOLDER, GUIDANCE, Problem, final_number, sample_problems
+from .decoding import Recipe
 from .machine import describe_machine, versions
+from .run import binomial_interval
 
 
-TINY = Path(__file__).parents[1] / "tiny"
-MAX_NEW_TOKENS = 64
+PROBLEM_TOKENS = 64
 SECONDS_PER_FORWARD = 0.04
-
-# The embedded guider alone errs more often than the model: it may only say no to what the diffusion model is sure of.
-GUIDANCE = {"combine": "intersection", "confidence_threshold": 0.5}
 
 NOTES = """\
 NFE: forwards of the diffusion model; guider: forwards of the guider; active:
@@ -57,32 +53,11 @@ class Settings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A held-out problem: the `question` and the number that the right answer ends in."""
-
-    question: str
-    final: int
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to decode: its `name` in the table and the `options` of `generate` that make it."""
-
-    name: str
-    options: dict
-
-    def __call__(self, checkpoint: Checkpoint, problems: list[Problem], streamer=None) -> Continuation:
-        """Decode a batch of problems."""
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "streamer": streamer} | self.options
-        return checkpoint.continue_prompts([problem.question for problem in problems], options)
-
-
 @dataclass
 class Measurement:
     """What `method` did: sums over the problems, the same in every run, and the `seconds` of each run."""
 
-    method: Method
+    method: Recipe
     num_problems: int = 0
     correct: int = 0
     nfe: int = 0
@@ -93,7 +68,7 @@ class Measurement:
 
     def decode(self, checkpoint: Checkpoint, batch: list[Problem], run: int) -> None:
         """Decode one more batch of the run number `run`, counted from 0."""
-        continuation = self.method(checkpoint, batch)
+        continuation = decode_problems(checkpoint, self.method, batch)
         self.seconds += [0.0] * (run + 1 - len(self.seconds))
         self.seconds[run] += continuation.seconds
         if run == 0:
@@ -117,49 +92,41 @@ class Measurement:
 def run_demo(settings: Settings, console: Console) -> dict:
     """Decode a few problems in view, measure every method, print the table, and return its figures for a JSON file."""
     problems = sample_problems(settings.problems, settings.seed)
-    checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
-    methods = compared_methods(checkpoint.load_guider(str(TINY / "guider"), "cpu", "float32", **GUIDANCE))
+    checkpoint = Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
+    methods = compared_methods(checkpoint.load_guider(str(FOLDER / "guider"), "cpu", "float32", **GUIDANCE))
     if settings.show:
         show_decoding(checkpoint, methods[1:3] + methods[4:], problems[: settings.show], console)
     block_length = checkpoint.model.generation_config.block_length
     console.print(
-        f"{settings.problems} held-out problems in batches of {settings.batch_size}, at most {MAX_NEW_TOKENS} new "
+        f"{settings.problems} held-out problems in batches of {settings.batch_size}, at most {PROBLEM_TOKENS} new "
         f"tokens in blocks of {block_length}, {torch.get_num_threads()} CPU threads:\n"
     )
-    measurements = measure(checkpoint, methods, problems, settings, console)
+    measurements = time_demo(checkpoint, methods, problems, settings, console)
     record = make_record(settings, block_length, measurements)
     console.print(results_table(record["methods"]))
     console.print(f"\n{NOTES}")
     return record
 
 
-def sample_problems(count: int, seed: int) -> list[Problem]:
-    """Draw `count` of the problems that the package holds."""
-    lines = [json.loads(line) for line in (TINY / "problems.jsonl").read_text(encoding="utf-8").splitlines()]
-    if count > len(lines):
-        raise ValueError(f"`--problems` must be at most {len(lines)}, which is all the package holds, got {count}.")
-    return [Problem(line["question"], line["final"]) for line in random.Random(seed).sample(lines, count)]
-
-
-def compared_methods(guider: ARGuider | None) -> list[Method]:
+def compared_methods(guider: ARGuider | None) -> list[Recipe]:
     """The rows of the table: the two baselines, then the cache, then what writes several tokens at once."""
-    one_by_one = {"steps": MAX_NEW_TOKENS}
+    one_by_one = {"steps": PROBLEM_TOKENS}
     return [
-        Method("plain, full canvas", {"window_policy": "none", "stop_at_eos": False} | one_by_one),
-        Method("plain, EOS stop", {"window_policy": "none"} | one_by_one),
-        Method("FreeCache", {"window_policy": "freecache"} | one_by_one),
-        Method("FreeCache + p>=0.9", {"window_policy": "freecache", "confidence_threshold": 0.9}),
-        Method("FreeCache + guider", {"window_policy": "freecache", "guider": guider}),
+        Recipe("plain, full canvas", {"window_policy": "none", "stop_at_eos": False} | one_by_one),
+        Recipe("plain, EOS stop", {"window_policy": "none"} | one_by_one),
+        Recipe("FreeCache", {"window_policy": "freecache"} | one_by_one),
+        Recipe("FreeCache + p>=0.9", {"window_policy": "freecache", "confidence_threshold": 0.9}),
+        Recipe("FreeCache + guider", {"window_policy": "freecache", "guider": guider}),
     ]
 
 
-def final_number(text: str) -> int | None:
-    """The number behind the last `####` of an answer, `None` where there is none."""
-    _, mark, number = text.rpartition("####")
-    return int(number) if mark and number.strip().isdecimal() else None
+def decode_problems(checkpoint: Checkpoint, method: Recipe, problems: list[Problem], streamer=None) -> Continuation:
+    """Decode a batch of problems."""
+    options = {"max_new_tokens": PROBLEM_TOKENS, "streamer": streamer} | method.options
+    return checkpoint.continue_prompts([problem.question for problem in problems], options)
 
 
-def show_decoding(checkpoint: Checkpoint, methods: list[Method], problems: list[Problem], console: Console) -> None:
+def show_decoding(checkpoint: Checkpoint, methods: list[Recipe], problems: list[Problem], console: Console) -> None:
     """Decode `problems` one by one with each method; a terminal shows the canvas as it fills."""
     if console.is_terminal:
         console.print(
@@ -173,7 +140,7 @@ def show_decoding(checkpoint: Checkpoint, methods: list[Method], problems: list[
         console.print()
 
 
-def decode_in_view(checkpoint: Checkpoint, method: Method, problem: Problem, console: Console) -> None:
+def decode_in_view(checkpoint: Checkpoint, method: Recipe, problem: Problem, console: Console) -> None:
     """Decode one problem; its text stays, with what it took."""
 
     def picture(text: Text, verdict: str = "") -> Group:
@@ -186,23 +153,23 @@ def decode_in_view(checkpoint: Checkpoint, method: Method, problem: Problem, con
                 live.update(picture(text), refresh=True)
 
             streamer = checkpoint.canvas_streamer(show, console, SECONDS_PER_FORWARD)
-            continuation = method(checkpoint, [problem], streamer)
+            continuation = decode_problems(checkpoint, method, [problem], streamer)
     else:
-        continuation = method(checkpoint, [problem])
+        continuation = decode_problems(checkpoint, method, [problem])
     text = continuation.texts[0]
     verdict = "right" if final_number(text) == problem.final else f"wrong, it is {problem.final}"
     console.print(picture(Text(text), f": {int(continuation.output.nfe)} forwards, {verdict}"))
 
 
-def measure(
-    checkpoint: Checkpoint, methods: list[Method], problems: list[Problem], settings: Settings, console: Console
+def time_demo(
+    checkpoint: Checkpoint, methods: list[Recipe], problems: list[Problem], settings: Settings, console: Console
 ) -> list[Measurement]:
     """Decode all problems with every method, `settings.repeats` times."""
     starts = range(0, len(problems), settings.batch_size)
     batches = [problems[start : start + settings.batch_size] for start in starts]
     measurements = [Measurement(method) for method in methods]
     for method in methods:  # warm-up
-        method(checkpoint, batches[0][:1])
+        decode_problems(checkpoint, method, batches[0][:1])
     # The methods take turns at every batch, so that a slow minute of the machine falls on all of them.
     for run in range(settings.repeats):
         for index, batch in enumerate(batches):
@@ -212,21 +179,12 @@ def measure(
     return measurements
 
 
-def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    share, z = successes / trials, 1.96
-    scale = 1 + z**2 / trials
-    center = (share + z**2 / (2 * trials)) / scale
-    half_width = z * (share * (1 - share) / trials + z**2 / (4 * trials**2)) ** 0.5 / scale
-    return max(center - half_width, 0.0), min(center + half_width, 1.0)
-
-
 def make_record(settings: Settings, block_length: int, measurements: list[Measurement]) -> dict:
     """The figures of the table, with what is needed to measure them again; counts are means per problem."""
     full_canvas, eos_stop = measurements[0], measurements[1]
     return {
         "command": "flashdlm demo",
-        "settings": asdict(settings) | {"max_new_tokens": MAX_NEW_TOKENS, "block_length": block_length},
+        "settings": asdict(settings) | {"max_new_tokens": PROBLEM_TOKENS, "block_length": block_length},
         "versions": versions(),
         "machine": describe_machine(torch.device("cpu")),
         "baselines": {"full_canvas": full_canvas.method.name, "eos_stop": eos_stop.method.name},

@@ -25,7 +25,7 @@ TUNING = re.compile("MALLOC_|OMP_|GOMP_|KMP_")  # variables that allocators and 
 
 
 @dataclass(frozen=True)
-class Forward:
+class ForwardShape:
     r"""
     One forward of a model.
 
@@ -104,24 +104,24 @@ class CostModel:
         """Bytes of weights that every forward reads."""
         return self.element_bytes * (self.body_parameters + self.head_parameters)
 
-    def flops(self, forward: Forward) -> int:
+    def flops(self, forward: ForwardShape) -> int:
         """Operations, additions and multiplications apart."""
         linear = self.body_parameters * forward.queries + self.head_parameters * forward.head_rows
         return forward.rows * (2 * linear + self.attention_flops * forward.queries * forward.keys)
 
-    def key_value_bytes(self, forward: Forward) -> int:
+    def key_value_bytes(self, forward: ForwardShape) -> int:
         """Bytes of the keys and values that its queries see."""
         return self.element_bytes * self.key_value_numbers * forward.rows * forward.keys
 
-    def kept_bytes(self, forwards: list[Forward]) -> int:
+    def kept_bytes(self, forwards: list[ForwardShape]) -> int:
         """The most that a cache held during `forwards`."""
         return max((self.key_value_bytes(one) for one in forwards if one.cached), default=0)
 
-    def bytes(self, forward: Forward) -> int:
+    def bytes(self, forward: ForwardShape) -> int:
         """Bytes read."""
         return self.weight_bytes + self.key_value_bytes(forward)
 
-    def floor_seconds(self, forwards: list[Forward], ceilings: Ceilings) -> float:
+    def floor_seconds(self, forwards: list[ForwardShape], ceilings: Ceilings) -> float:
         """The least time that `forwards` can take together."""
         return sum(
             max(self.flops(one) / ceilings.flops_per_second, self.bytes(one) / ceilings.bytes_per_second)
@@ -180,7 +180,7 @@ class Probe:
         rows, queries = ids.shape
         head_rows = len(kept) if isinstance(kept, torch.Tensor) else kept or queries
         keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
-        self.forwards.append(Forward(rows, queries, keys, head_rows, cache is not None))
+        self.forwards.append(ForwardShape(rows, queries, keys, head_rows, cache is not None))
         self._begins.append(self._mark())
 
     def _mark(self):

@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Con
 from ..configuration_dream import DreamConfig
 from ..configuration_llada import LLaDAConfig
 from ..console.checkpoint import Checkpoint
-from .demo import TINY
-from .measuring import Models
+from ..tiny import FOLDER
+from .decoding import Models
 
 
 SHAPES = {"llada-8b": LLaDAConfig, "dream-7b": DreamConfig, "tiny": None}
@@ -41,15 +41,15 @@ def load_models(args: argparse.Namespace, device: torch.device, canvas_length: i
         raise ValueError(f"`--dtype` must be auto or a dtype of torch, got {dtype!r}.")
     if args.random_weights:
         dtype = getattr(torch, plain_dtype if dtype == "auto" else dtype)
-        config = AutoConfig.from_pretrained(TINY / "dlm") if args.config == "tiny" else SHAPES[args.config]()
+        config = AutoConfig.from_pretrained(FOLDER / "dlm") if args.config == "tiny" else SHAPES[args.config]()
         # Nothing was trained, so nothing bounds the positions.
         config.max_position_embeddings = max(config.max_position_embeddings, canvas_length)
         model = random_model(config, dtype, device, args.seed)
         return Models(model, {"guider": random_model(guider_config(args, config), dtype, device, args.seed + 1)})
     if args.config not in (None, "tiny"):
         raise ValueError(f"`--config {args.config}` has no weights: add `--random-weights`, or use `--model`.")
-    checkpoint = Checkpoint.load(args.model or str(TINY / "dlm"), str(device), dtype)
-    guider = args.guider or (str(TINY / "guider") if args.config == "tiny" else None)
+    checkpoint = Checkpoint.load(args.model or str(FOLDER / "dlm"), str(device), dtype)
+    guider = args.guider or (str(FOLDER / "guider") if args.config == "tiny" else None)
     return Models.load(checkpoint, {} if guider is None else {"guider": guider}, device, dtype)
 
 
@@ -69,7 +69,7 @@ def guider_config(args: argparse.Namespace, config):
         )
     shared = {name: getattr(config, name) for name in ("vocab_size", "max_position_embeddings")}
     if name == "tiny":
-        return AutoConfig.from_pretrained(TINY / "guider", **shared)
+        return AutoConfig.from_pretrained(FOLDER / "guider", **shared)
     return Qwen2Config(tie_word_embeddings=True, **shared, **GUIDER_SHAPES[name])
 
 

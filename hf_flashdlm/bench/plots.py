@@ -55,7 +55,7 @@ def _plot_pareto(rows: list[dict], path: Path) -> None:
             label=group,
         )
     names = []
-    for number, row in enumerate(frontier(rows), 1):
+    for number, row in enumerate(pareto_rows(rows), 1):
         accuracy = 100 * row["accuracy"]
         bounds = [[abs(100 * bound - accuracy)] for bound in row["accuracy_interval"]]
         panel.errorbar(row["nfe"], accuracy, bounds, color="gray", linewidth=0.8, capsize=2, zorder=0)
@@ -72,7 +72,7 @@ def _plot_pareto(rows: list[dict], path: Path) -> None:
     _save(figure, path)
 
 
-def frontier(rows: list[dict]) -> list[dict]:
+def pareto_rows(rows: list[dict]) -> list[dict]:
     """The rows that no other beats in accuracy at as few forwards, by rising NFE."""
     best: list[dict] = []
     for row in sorted(rows, key=lambda row: (row["nfe"], -row["accuracy"])):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .measuring import Models, Recipe
+from .decoding import Models, Recipe
 
 
 def recipes(steps: int, block_length: int) -> dict[str, Recipe]:

@@ -17,9 +17,9 @@ from transformers.utils import logging
 from ..bench.ablation import report_ablation, run_ablation
 from ..bench.comparison import compare, report_comparison
 from ..bench.machine import commit, describe_machine, versions
-from ..bench.measuring import write_json
 from ..bench.models import GUIDER_SHAPES, SHAPES
 from ..bench.recipes import recipes
+from ..bench.report import write_json
 from ..console.checkpoint import check_device
 
 
@@ -115,7 +115,7 @@ def command_line(args: argparse.Namespace, parser: argparse.ArgumentParser) -> s
 def bench(args: argparse.Namespace, command: str) -> None:
     """`flashdlm bench`."""
     check(args)
-    record = read_record(args.show) if args.show is not None else measure(args, command)
+    record = read_record(args.show) if args.show is not None else run_bench(args, command)
     is_ablation = "shared" in record
     check_plot(args.plot, is_ablation)
     print((report_ablation if is_ablation else report_comparison)(record))
@@ -129,7 +129,7 @@ def bench(args: argparse.Namespace, command: str) -> None:
         write_json(Path(args.json), record)
 
 
-def measure(args: argparse.Namespace, command: str) -> dict:
+def run_bench(args: argparse.Namespace, command: str) -> dict:
     """Print the card of the machine, and measure what is asked for: the record."""
     device = prepare(args)
     record = {"schema": 1, "command": command, "seed": args.seed, "commit": commit()}

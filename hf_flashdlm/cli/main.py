@@ -15,10 +15,11 @@ from rich.console import Console
 from transformers.utils import logging
 
 from .. import __version__
-from ..bench.demo import GUIDANCE, TINY, Settings, run_demo, sample_problems
+from ..bench.demo import Settings, run_demo
 from ..console.chat import run_chat
 from ..console.checkpoint import MAX_NEW_TOKENS, Checkpoint, Continuation
 from ..generation_config import WINDOW_POLICIES
+from ..tiny import FOLDER, GUIDANCE, sample_problems
 from .bench import add_commands as add_bench
 from .hub import add_commands
 
@@ -153,9 +154,9 @@ def chat(args: argparse.Namespace) -> None:
     """`flashdlm chat`."""
     notes, guidance = Console(stderr=True, highlight=False, markup=False, soft_wrap=True), {}
     if args.model is None:
-        args.model = str(TINY / "dlm")
+        args.model = str(FOLDER / "dlm")
         if args.guider is None:
-            args.guider, guidance = str(TINY / "guider"), GUIDANCE
+            args.guider, guidance = str(FOLDER / "guider"), GUIDANCE
         notes.print(f"The embedded model knows word problems such as: {sample_problems(1, 0)[0].question}")
     checkpoint, options = load(args, **guidance)
     run_chat(checkpoint, options, args.system, Console(highlight=False), notes)

@@ -33,6 +33,7 @@ from ..generate import generate
 from ..generation_config import DiffusionOptions
 from ..modeling_dream import DreamModel
 from ..modeling_llada import LLaDAModelLM
+from ..tiny import FOLDER
 from ..tokenization_dream import DreamTokenizer
 
 
@@ -291,13 +292,12 @@ def _save_card(directory: Path, card: str, repo_id: str, checkpoint: str | None,
     if card.startswith("_") or not (folder / f"{card}.md").is_file():
         known = sorted(path.stem for path in folder.glob("[!_R]*.md"))
         raise ValueError(f"`card` must be one of {', '.join(known)}, got {card!r}.")
-    scores = folder.parent / "examples" / "tiny" / "results.json"
     values |= {
         "version": __version__,
         "repo_id": repo_id,
         "base_model": None if checkpoint is None or Path(checkpoint).is_dir() else checkpoint,
         "requirements": REQUIREMENTS,
-        "results": json.loads(scores.read_text(encoding="utf-8")) if scores.is_file() else {},
+        "results": json.loads((FOLDER / "results.json").read_text(encoding="utf-8")),
     }
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),

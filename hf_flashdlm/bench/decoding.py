@@ -1,0 +1,109 @@
+"""A way to decode, and the models of a measurement, which decode by it.
+
+Owns what a recipe may say, and the one call of `generate` in it. Knows nothing of which recipes and models there are,
+or of how decoding works.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import CompileConfig
+
+from ..console.checkpoint import Checkpoint
+from ..guider import ARGuider
+
+
+@dataclass(frozen=True)
+class Recipe:
+    r"""
+    A way to decode.
+
+    Args:
+        name (`str`): In tables.
+        options (`dict`): Keywords of `generate`.
+        guider (`str`, *optional*): Which of the models' guiders judges the drafts.
+        rule (`dict`): Keywords of [`ARGuider`].
+        loop (`Callable`, *optional*): `(models, inputs, options) -> ids (B, L)`, in place of `generate`.
+        speaks (`bool`): Whether its texts mean something: else they have no end before the canvas's, and no answer.
+        compiled (`bool`): Whether `generate` compiles the forwards.
+        like (`str`, *optional*): Name of the recipe that writes the same tokens, to be compared with.
+    """
+
+    name: str
+    options: dict = field(default_factory=dict)
+    guider: str | None = None
+    rule: dict = field(default_factory=dict)
+    loop: Callable | None = None
+    speaks: bool = True
+    compiled: bool = False
+    like: str | None = None
+
+
+@dataclass
+class Models:
+    r"""
+    The models of a measurement.
+
+    Args:
+        model (`PreTrainedModel`): The diffusion model.
+        guiders (`dict[str, PreTrainedModel]`): Autoregressive models by name.
+        tokenizers (`dict`): Those of the guiders, where they have any.
+        checkpoint ([`Checkpoint`], *optional*): `model` with its tokenizer, where it is trained.
+        twin (`PreTrainedModel`, *optional*): An autoregressive model of the same shape.
+    """
+
+    model: PreTrainedModel
+    guiders: dict[str, PreTrainedModel] = field(default_factory=dict)
+    tokenizers: dict[str, PreTrainedTokenizerBase] = field(default_factory=dict)
+    checkpoint: Checkpoint | None = None
+    twin: PreTrainedModel | None = None
+    made: dict[tuple, ARGuider] = field(default_factory=dict, repr=False)  # by guider and rule
+
+    @classmethod
+    def load(cls, checkpoint: Checkpoint, paths: dict[str, str], device: torch.device, dtype: str) -> "Models":
+        """A trained model and guiders from folders or the Hub, by name."""
+        guiders = {name: checkpoint.load_guider(path, str(device), dtype) for name, path in paths.items()}
+        models = {name: guider.model for name, guider in guiders.items()}
+        return cls(checkpoint.model, models, {name: guider.tokenizer for name, guider in guiders.items()}, checkpoint)
+
+    def named(self) -> dict[str, PreTrainedModel]:
+        """All of them by name."""
+        twin = {} if self.twin is None else {"twin": self.twin}
+        return {"model": self.model, **self.guiders, **twin}
+
+    @property
+    def end_token_ids(self) -> list[int]:
+        """Ids that end a text."""
+        ids = self.model.generation_config.eos_token_id
+        return [] if ids is None else [ids] if isinstance(ids, int) else ids
+
+    def guider(self, recipe: Recipe) -> ARGuider:
+        """The guider of a recipe, made once, as a caller would."""
+        key = (recipe.guider, *recipe.rule.items())
+        if key not in self.made:
+            rule = recipe.rule
+            if recipe.guider in self.tokenizers:
+                both = {"tokenizer": self.tokenizers[recipe.guider], "canvas_tokenizer": self.checkpoint.tokenizer}
+                rule = rule | both
+            self.made[key] = ARGuider(self.guiders[recipe.guider], **rule)
+        return self.made[key]
+
+    def decode(self, recipe: Recipe, inputs: dict, options: dict):
+        """Decode `inputs` by `recipe`: the ids `(B, L)`, and the output of `generate` if it was used."""
+        options = options | recipe.options
+        if recipe.loop is not None:
+            return recipe.loop(self, inputs, options), None
+        if recipe.guider is not None:
+            options["guider"] = self.guider(recipe)
+        if recipe.compiled:
+            options["compile_config"] = compile_config(self.model.device)
+        options = {"do_sample": False} | options
+        output = self.model.generate(**inputs, **options, return_dict_in_generate=True)
+        return output.sequences, output
+
+
+def compile_config(device: torch.device) -> CompileConfig:
+    """How forwards are compiled: on CUDA into captured graphs, which leave no launches to wait for."""
+    return CompileConfig(mode="reduce-overhead" if device.type == "cuda" else None)

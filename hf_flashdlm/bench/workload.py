@@ -1,0 +1,80 @@
+"""What a measurement decodes: held-out problems, or random ids.
+
+Owns the prompts and their right answers. Knows nothing of how they are decoded.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+
+from ..console.checkpoint import Checkpoint
+from ..tiny import problems
+
+
+@dataclass(frozen=True)
+class Workload:
+    r"""
+    What is decoded.
+
+    Args:
+        batches (`list[dict]`): `input_ids` and `attention_mask` of each batch.
+        options (`dict`): Keywords of `generate` for all recipes.
+        answers (`list[list[int]]`, *optional*): The right answers of each batch.
+    """
+
+    batches: list[dict]
+    options: dict
+    answers: list[list[int]] | None = None
+
+    def start(self) -> "Workload":
+        """Its first batch."""
+        return Workload(self.batches[:1], self.options, self.answers and self.answers[:1])
+
+
+def problem_workload(
+    checkpoint: Checkpoint, count: int, batch_size: int, seed: int, options: dict, prompt_length: int | None = None
+) -> Workload:
+    r"""
+    Held-out word problems of the package as prompts.
+
+    Args:
+        checkpoint ([`Checkpoint`]): Gives the tokenizer and the chat template.
+        count (`int`): How many.
+        batch_size (`int`): Decoded together.
+        seed (`int`): Of the draw.
+        options (`dict`): Keywords of `generate` for all recipes.
+        prompt_length (`int`, *optional*): Put solved problems in front of each question and keep the last so many
+            tokens; by default the question stands alone.
+    """
+    drawn = problems(count)
+    random.Random(seed).shuffle(drawn)
+    solved = [f"{problem.question}\nAnswer: {problem.answer}" for problem in drawn[count:] or drawn]
+    batches, answers = [], []
+    for start in range(0, count, batch_size):
+        chosen = drawn[start : min(start + batch_size, count)]
+        prompts = [problem.question for problem in chosen]
+        inputs = checkpoint.encode(prompts, None)
+        shots = 0
+        while prompt_length is not None and inputs["attention_mask"].sum(1).min() < prompt_length:
+            shots = max(2 * shots, 1)
+            examples = [solved[index % len(solved)] for index in range(shots)]
+            inputs = checkpoint.encode(["\n\n".join([*examples, prompt]) for prompt in prompts], None)
+        if prompt_length is not None:
+            inputs = {name: value[:, -prompt_length:] for name, value in inputs.items()}
+        batches.append(inputs)
+        answers.append([problem.final for problem in chosen])
+    return Workload(batches, options, answers)
+
+
+def random_workload(model, batch_size: int, seed: int, options: dict, prompt_length: int) -> Workload:
+    """One batch of prompts of random ids, none of them an end, a pad or the mask token."""
+    generator = torch.Generator().manual_seed(seed)
+    config = model.config.get_text_config()
+    special = torch.tensor(
+        [one for name in ("mask", "eos", "pad") if isinstance(one := getattr(config, f"{name}_token_id", None), int)]
+    )
+    usual = torch.arange(config.vocab_size)
+    usual = usual[~torch.isin(usual, special)]
+    ids = usual[torch.randint(len(usual), (batch_size, prompt_length), generator=generator)].to(model.device)
+    return Workload([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], options)
