@@ -114,15 +114,15 @@ class FreeCache(DynamicCache):
     Args:
         canvas_length (`int`, *optional*): Length of the buffers; by default that of the first forward.
 
-    Example:
+    Example (models of Transformers before 5.24 take it as `past_key_values`):
 
     ```python
     >>> cache = FreeCache()
-    >>> full = model(canvas, past_key_values=cache)  # (B, L): sizes the buffers
+    >>> full = model(canvas, cache=cache)  # (B, L): sizes the buffers
     >>> cache.freeze(prompt_length)
     >>> cache.window(prompt_length, canvas.shape[1])
     >>> position_ids = torch.arange(prompt_length, canvas.shape[1])[None]
-    >>> logits = model(canvas[:, prompt_length:], position_ids=position_ids, past_key_values=cache).logits
+    >>> logits = model(canvas[:, prompt_length:], position_ids=position_ids, cache=cache).logits
     ```
     """
 

@@ -4,15 +4,21 @@ Owns when the forward of a model runs compiled, what captured graphs need, what 
 and where its inputs go. Knows nothing of canvases, windows, or which of the two models it runs.
 """
 
+import inspect
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
 
 logger = logging.get_logger(__name__)
 
 CAPTURING_MODES = ("reduce-overhead", "max-autotune")  # of `torch.compile`: a GPU replays captured graphs
+
+# What models, masks, outputs and `generate` of Transformers call a cache: `cache` from 5.24 on. The older name can go
+# when 5.24 is the oldest version supported.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 # What could not be compiled, so that no later call tries again: settings by the embedding of the model, which the
 # views that decode models of other classes share with it.
@@ -22,6 +28,12 @@ _failed = WeakKeyDictionary()
 def device_of(model) -> torch.device:
     """Where a model takes its inputs: beside its weights; on the CPU, where hooks fetch offloaded ones."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
+
+
+def cache_name(model) -> str:
+    """The keyword under which the forward of `model` takes a cache: code outside of Transformers keeps its own."""
+    accepted = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in accepted), CACHE_NAME)
 
 
 class CompiledForward:
@@ -35,18 +47,19 @@ class CompiledForward:
     """
 
     def __init__(self, model, compile_config=None):
-        self.model, self.compile_config = model, compile_config
+        self.model, self.compile_config, self.cache_name = model, compile_config, cache_name(model)
         if compile_config is not None and compile_config in _failed.get(model.get_input_embeddings(), ()):
             self.compile_config = None
 
-    def __call__(self, past_key_values=None, **inputs):
-        is_first = past_key_values is not None and not past_key_values.is_initialized
+    def __call__(self, cache=None, **inputs):
+        inputs[self.cache_name] = cache
+        is_first = cache is not None and not cache.is_initialized
         if self.compile_config is None or is_first:
-            return self.model(past_key_values=past_key_values, **inputs)
+            return self.model(**inputs)
         from torch._dynamo.exc import TorchDynamoException  # takes a second to import  # noqa: PLC0415
 
         try:
-            return self._compiled(past_key_values, inputs)
+            return self._compiled(cache, inputs)
         except TorchDynamoException as error:
             reason = str(error).strip().split("\n")[0]
             logger.warning(
@@ -55,18 +68,18 @@ class CompiledForward:
             )
             _failed.setdefault(self.model.get_input_embeddings(), []).append(self.compile_config)
             self.compile_config = None
-            return self.model(past_key_values=past_key_values, **inputs)
+            return self.model(**inputs)
 
-    def _compiled(self, past_key_values, inputs):
+    def _compiled(self, cache, inputs):
         forward = self.model.get_compiled_call(self.compile_config)
         if self.compile_config.mode not in CAPTURING_MODES:
-            return forward(past_key_values=past_key_values, **inputs)
+            return forward(**inputs)
         torch.compiler.cudagraph_mark_step_begin()
-        if past_key_values is not None:
-            for layer in past_key_values.layers:
+        if cache is not None:
+            for layer in cache.layers:
                 # A graph writes into the buffers where they lie; those of the next call are captured anew.
                 torch._dynamo.mark_static_address(layer.keys, guard=False)
                 torch._dynamo.mark_static_address(layer.values, guard=False)
-        output = forward(past_key_values=past_key_values, **inputs)
+        output = forward(**inputs)
         output.logits = output.logits.clone()  # the next replay writes over what this one returned
         return output

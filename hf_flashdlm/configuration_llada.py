@@ -88,7 +88,7 @@ class LLaDAConfig(PreTrainedConfig):
         bos_token_id (`int`, *optional*):
             Id of the beginning-of-sequence token.
         use_cache (`bool`, *optional*, defaults to `False`):
-            Whether a forward pass without `past_key_values` creates a cache.
+            Whether a forward pass without `cache` creates a cache.
         logits_shift (`int`, *optional*, defaults to 0):
             The logits at position i score the token at position i + `logits_shift`.
 
@@ -101,7 +101,7 @@ class LLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "llada"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {
         "hidden_size": "d_model",
         "intermediate_size": "mlp_hidden_size",

@@ -79,7 +79,7 @@ class Denoiser:
             input_ids=input_ids,
             position_ids=position_ids,
             attention_mask=self._attention_mask([window.attended for window in windows]),
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
         ).logits

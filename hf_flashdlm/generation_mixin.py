@@ -23,7 +23,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import FreeCache
 from .canvas_processors import CanvasProcessors
-from .compiling import device_of
+from .compiling import CACHE_NAME, cache_name, device_of
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
 from .generation_config import PEER_NAMES, DiffusionOptions
@@ -86,6 +86,8 @@ class FlashDLMGenerationMixin(GenerationMixin):
         """Hook 2 of 4: keywords of ours, which the host's config would call unknown; refusals."""
         for name in kwargs.keys() & PEER_NAMES.keys():
             raise ValueError(f"`{name}` is an option of other implementations: here it is `{PEER_NAMES[name]}`.")
+        if "cache" in kwargs:
+            kwargs[CACHE_NAME] = kwargs.pop("cache")  # the name of 5.24, on every version
         ours = {name: kwargs.pop(name) for name in DiffusionOptions.names() if name in kwargs}
         given = set(ours) | (set() if generation_config is None else set(vars(generation_config)))
         if kwargs.pop("use_cache", None) is False:
@@ -110,16 +112,16 @@ class FlashDLMGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """Hook 3 of 4: the cache is a FreeCache, or none."""
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         if cache is not None and (not getattr(cache, "keeps_positions", False) or cache.is_initialized):
             raise ValueError(
-                f"`past_key_values` must be a fresh `FreeCache`, got a {type(cache).__name__} of "
+                f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a {type(cache).__name__} of "
                 f"{cache.get_seq_length()} tokens: drop it, or `reset` it."
             )
         if DiffusionOptions.read(generation_config).window_policy == "none":
-            model_kwargs["past_key_values"] = None
+            model_kwargs[CACHE_NAME] = None
         elif cache is None:
-            model_kwargs["past_key_values"] = FreeCache()
+            model_kwargs[CACHE_NAME] = FreeCache()
 
     def _sample(  # noqa: PLR0913, the host's signature
         self,
@@ -197,9 +199,9 @@ def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> Diffusi
 
     Args:
         model (`PreTrainedModel`):
-            A masked diffusion model with the host's forward: bidirectional (see [`make_bidirectional`]), taking
-            `input_ids`, `attention_mask`, `position_ids`, `past_key_values` and `logits_to_keep`. Its config gives
-            `mask_token_id`, and `logits_shift=1` if its output at a position scores the next one.
+            A bidirectional masked diffusion model (see [`make_bidirectional`]) whose forward takes `input_ids`,
+            `attention_mask`, `position_ids`, `logits_to_keep` and a cache, as `cache` or as `past_key_values`. Its
+            config gives `mask_token_id`, and `logits_shift=1` if its output at a position scores the next one.
         inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): As `input_ids`.
         kwargs: As of `generate`.
     """
@@ -214,7 +216,7 @@ def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> Diffusi
 def _check_model(model) -> None:
     """The contract with a model of any class."""
     accepted = inspect.signature(model.forward).parameters
-    needed = ("input_ids", "attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+    needed = ("input_ids", "attention_mask", "position_ids", cache_name(model), "logits_to_keep")
     missing = [name for name in needed if name not in accepted]
     if missing:
         raise ValueError(
@@ -283,7 +285,7 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
     model, canvas, canvas_mask, layout: _Layout, guidance, mask_token_id: int, model_kwargs, compile_config
 ):
     shift = getattr(model.config, "logits_shift", 0)
-    cache = model_kwargs.get("past_key_values")
+    cache = model_kwargs.get(CACHE_NAME)
     if cache is not None:
         cache.target.canvas_length = canvas.shape[1]
     if guidance is None:

@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .compiling import CompiledForward, device_of
+from .compiling import CompiledForward, cache_name, device_of
 
 
 PADDING = 256  # two models with one tokenizer may round the size of its vocabulary up differently
@@ -30,7 +30,7 @@ def start_cache(model) -> DynamicCache:
     """
     if isinstance(model, PreTrainedModel):  # a wrapper, of an adapter say, hands on what it is given
         accepted = inspect.signature(model.forward).parameters
-        missing = [f"`{name}`" for name in ("past_key_values", "logits_to_keep") if name not in accepted]
+        missing = [f"`{name}`" for name in (cache_name(model), "logits_to_keep") if name not in accepted]
         if missing and not model._is_stateful:
             raise ValueError(
                 f"`guider` must take {' and '.join(missing)} in its forward, which {type(model).__name__} does not: "
@@ -208,7 +208,7 @@ class ARReader(LogitsProcessor):
             input_ids=canvas[:, start:stop],
             attention_mask=self.canvas_mask[:, :stop] if self.is_padded else None,
             position_ids=self.position_ids[:, start:stop],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=stop - start - first,
         ).logits

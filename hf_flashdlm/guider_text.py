@@ -173,7 +173,7 @@ class TextReader:
         logits = self.forward(
             input_ids=padded[:, start:].to(device),
             position_ids=torch.arange(start, longest, device=device)[None],
-            past_key_values=self.cache,
+            cache=self.cache,
             use_cache=True,
             logits_to_keep=longest - kept,
         ).logits

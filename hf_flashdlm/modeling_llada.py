@@ -23,11 +23,18 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .compiling import CACHE_NAME
 from .configuration_llada import LLaDAConfig
 from .generation_mixin import FlashDLMGenerationMixin
+
+
+# A cache is called `cache` here, as from Transformers 5.24 on; with a version that has passed, its own decorator takes
+# the older name without a word.
+takes_past_key_values = deprecate_kwarg("past_key_values", version="5.18.0", new_name="cache")
 
 
 class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
@@ -69,12 +76,13 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=config.include_bias)
         self.dropout = nn.Dropout(config.residual_dropout)
 
+    @takes_past_key_values
     def forward(
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """
@@ -85,7 +93,7 @@ class LLaDABlock(GradientCheckpointingLayer):
                 Mask in the form of the attention backend; `None` lets every position see every other.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`):
                 Cosine and sine of shape `(batch_size, sequence_length, head_dim)`, float32.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 Takes the keys and values of this call and gives back those to attend to.
 
         Returns:
@@ -94,14 +102,14 @@ class LLaDABlock(GradientCheckpointingLayer):
             backend does not give them.
         """
         attention_output, attention_weights = self._attend(
-            self.attn_norm(hidden_states), attention_mask, position_embeddings, past_key_values, **kwargs
+            self.attn_norm(hidden_states), attention_mask, position_embeddings, cache, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attention_output)
         normed = self.ff_norm(hidden_states)
         feed_forward_output = self.ff_out(nn.functional.silu(self.ff_proj(normed)) * self.up_proj(normed))
         return hidden_states + self.dropout(feed_forward_output), attention_weights
 
-    def _attend(self, hidden_states, attention_mask, position_embeddings, past_key_values, **kwargs):
+    def _attend(self, hidden_states, attention_mask, position_embeddings, cache, **kwargs):
         input_shape = hidden_states.shape[:-1]
         head_shape = (*input_shape, -1, self.head_dim)
         query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, head_dim)
@@ -113,8 +121,8 @@ class LLaDABlock(GradientCheckpointingLayer):
         rotated_query, rotated_key = apply_rotary_pos_emb(query.float(), key.float(), cos, sin)
         query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
 
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)  # (B, H, K, head_dim)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)  # (B, H, K, head_dim)
 
         # Backends read causality off this argument when there is no mask; a caller's value would clash with the mask.
         kwargs["is_causal"] = self.is_causal
@@ -140,7 +148,7 @@ class LLaDAPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["LLaDABlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -180,6 +188,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
     def set_input_embeddings(self, value: nn.Embedding):
         self.transformer.wte = value
 
+    @takes_past_key_values
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -187,7 +196,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -207,17 +216,17 @@ class LLaDAModel(LLaDAPreTrainedModel):
             raise ValueError(f"Exactly one of `input_ids` and `inputs_embeds` must be given, got {given}: pass one.")
         if inputs_embeds is None:
             inputs_embeds = self.transformer.wte(input_ids)  # (B, T, D)
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past_length = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past_length = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + past_length
             position_ids = position_ids.unsqueeze(0)  # (1, T)
         mask = create_bidirectional_mask(
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
         )
 
         hidden_states = self.embedding_dropout(inputs_embeds)
@@ -227,12 +236,12 @@ class LLaDAModel(LLaDAPreTrainedModel):
                 hidden_states,
                 attention_mask=mask,
                 position_embeddings=position_embeddings,
-                past_key_values=past_key_values,
+                **{CACHE_NAME: cache},
                 **kwargs,
             )
         return BaseModelOutputWithPast(
             last_hidden_state=self.transformer.ln_f(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
+            **{CACHE_NAME: cache if use_cache else None},
         )
 
 
@@ -272,13 +281,14 @@ class LLaDAModelLM(LLaDAPreTrainedModel, FlashDLMGenerationMixin):
         self.config.embedding_size = embeddings.weight.shape[0]
         return embeddings
 
+    @takes_past_key_values
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
@@ -288,13 +298,13 @@ class LLaDAModelLM(LLaDAPreTrainedModel, FlashDLMGenerationMixin):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The canvas, or the part of it that lies behind the positions in `past_key_values`.
+                The canvas, or the part of it that lies behind the positions in `cache`.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 1 for positions to attend to and 0 for padding, over the cached positions, too. A mask of four
                 dimensions is used as it is.
             position_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
                 Positions for the rotary embedding. Defaults to counting from the cached length, padding included.
-            past_key_values (`Cache`, *optional*):
+            cache (`Cache`, *optional*):
                 Keys and values of positions that are not computed again. Those of this call are added to it.
             inputs_embeds (`torch.Tensor` of shape `(batch_size, sequence_length, d_model)`, *optional*):
                 Embeddings instead of `input_ids`.
@@ -314,7 +324,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel, FlashDLMGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -329,7 +339,7 @@ class LLaDAModelLM(LLaDAPreTrainedModel, FlashDLMGenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: getattr(outputs, CACHE_NAME)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from hf_flashdlm import ARGuider
+from hf_flashdlm.compiling import cache_name
 from hf_flashdlm.denoising_loop import DenoisingState
 
 
@@ -91,7 +92,9 @@ def decode(left_padded):
     def decode(model, prompts, **options):
         input_ids, attention_mask = left_padded(prompts)
         forwards = []
-        hook = model.register_forward_pre_hook(lambda _, args, kwargs: forwards.append(dict(kwargs)), with_kwargs=True)
+        hook = model.register_forward_pre_hook(
+            lambda _, args, kwargs: forwards.append(kwargs | {"cache": kwargs[cache_name(model)]}), with_kwargs=True
+        )
         try:
             output = model.generate(input_ids, attention_mask=attention_mask, return_dict_in_generate=True, **options)
         finally:

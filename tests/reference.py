@@ -29,6 +29,8 @@ from functools import partial
 import torch
 from transformers import DynamicCache
 
+from hf_flashdlm.compiling import CACHE_NAME
+
 
 @torch.no_grad()
 def llada(model, input_ids, max_new_tokens, block_length):
@@ -56,7 +58,7 @@ def fastdllm_prefix(model, input_ids, max_new_tokens, block_length, threshold=No
     canvas = _start(model, input_ids, max_new_tokens)
     for start, stop in _blocks(input_ids, canvas, block_length):
         cache = DynamicCache()
-        logits = model(canvas, past_key_values=cache, use_cache=True).logits
+        logits = model(canvas, **{CACHE_NAME: cache}, use_cache=True).logits
         _write(model, canvas, logits, 0, stop, threshold)
         while _has_masks(model, canvas, start, stop):
             first = _first(model, canvas, start)
@@ -73,7 +75,7 @@ def fastdllm_dual(model, input_ids, max_new_tokens, block_length, threshold=None
     canvas = _start(model, input_ids, max_new_tokens)
     for start, stop in _blocks(input_ids, canvas, block_length):
         cache = ReplacingCache()
-        logits = model(canvas, past_key_values=cache, use_cache=True).logits
+        logits = model(canvas, **{CACHE_NAME: cache}, use_cache=True).logits
         _write(model, canvas, logits, 0, stop, threshold)
         while _has_masks(model, canvas, start, stop):
             first = _first(model, canvas, start)
@@ -164,7 +166,7 @@ def _first(model, canvas, start):
 
 def _forward(model, canvas, first, stop, cache):
     positions = torch.arange(canvas.shape[1], device=canvas.device)[None, first:stop].expand(len(canvas), -1)
-    return model(canvas[:, first:stop], position_ids=positions, past_key_values=cache, use_cache=True).logits
+    return model(canvas[:, first:stop], position_ids=positions, **{CACHE_NAME: cache}, use_cache=True).logits
 
 
 def _write(model, canvas, logits, first, stop, threshold=None, noisy=False):

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_flashdlm import FreeCache
+from hf_flashdlm.compiling import CACHE_NAME
 
 
 ATOL = 1e-4  # rounding of the models' logits; a state of the wrong position is off by 1e-1 and more
@@ -31,7 +32,7 @@ def canvas():
 def logits_of(model, canvas, positions, cache=None):
     """Logits of a forward over the positions `(N,)` or `(B, N)` of the canvas."""
     positions = positions.expand(len(canvas), -1)
-    return model(canvas.gather(1, positions), position_ids=positions, past_key_values=cache).logits
+    return model(canvas.gather(1, positions), position_ids=positions, **{CACHE_NAME: cache}).logits
 
 
 def states(start, stop, batch_size=1):

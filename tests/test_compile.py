@@ -136,6 +136,7 @@ def is_buffer(value):
 def test_what_a_replay_would_write_over_is_copied(mode):
     logits, embedding = torch.arange(6.0).view(1, 2, 3), torch.nn.Identity()
     model = SimpleNamespace(
+        forward=lambda cache=None: None,
         get_input_embeddings=lambda: embedding,
         get_compiled_call=lambda config: lambda **inputs: SimpleNamespace(logits=logits),
     )

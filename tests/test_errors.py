@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from hf_flashdlm import ARGuider, DiffusionOptions, FreeCache
+from hf_flashdlm.compiling import CACHE_NAME
 from hf_flashdlm.generation_mixin import diffusion_generate
 from hf_flashdlm.guider import ProductMixture
 
@@ -117,12 +118,12 @@ REFUSALS = {
     ),
     # The cache.
     "cache-of-the-host": Refusal(
-        "`past_key_values` must be a fresh `FreeCache`, got a DynamicCache of 0 tokens: drop it, or `reset` it.",
-        dict(past_key_values=DynamicCache),
+        f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a DynamicCache of 0 tokens: drop it, or `reset` it.",
+        dict(cache=DynamicCache),
     ),
     "cache-that-was-used": Refusal(
-        "`past_key_values` must be a fresh `FreeCache`, got a FreeCache of 0 tokens: drop it, or `reset` it.",
-        dict(past_key_values=used_cache),
+        f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a FreeCache of 0 tokens: drop it, or `reset` it.",
+        dict(cache=used_cache),
     ),
     # The prompt.
     "prompt-empty": Refusal(
@@ -405,8 +406,6 @@ def test_a_loop_that_fails_leaves_a_guider_and_a_cache_that_can_be_used_again(ti
     options = dict(max_new_tokens=8, block_length=2, guider=guider, stop_at_eos=False)
     wanted = model.generate(torch.tensor(PROMPT), **options)
     with pytest.raises(KeyError, match="planted"):
-        model.generate(
-            torch.tensor(PROMPT), past_key_values=cache, logits_processor=LogitsProcessorList([fail]), **options
-        )
+        model.generate(torch.tensor(PROMPT), cache=cache, logits_processor=LogitsProcessorList([fail]), **options)
     cache.reset()
-    assert model.generate(torch.tensor(PROMPT), past_key_values=cache, **options).tolist() == wanted.tolist()
+    assert model.generate(torch.tensor(PROMPT), cache=cache, **options).tolist() == wanted.tolist()

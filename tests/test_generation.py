@@ -23,6 +23,7 @@ from transformers import (
 
 import hf_flashdlm.generation_mixin
 from hf_flashdlm import ARGuider, DiffusionGenerationOutput, DiffusionOptions, FreeCache
+from hf_flashdlm.compiling import CACHE_NAME
 from hf_flashdlm.generation_config import PEER_NAMES
 from hf_flashdlm.tiny import FOLDER as TINY
 
@@ -891,27 +892,27 @@ def test_every_field_has_its_shape(tiny, decode, guided):
 def test_active_tokens_are_the_queries_that_were_fed(tiny, decode, policy):
     output = decode(tiny("dream"), [PROMPT], max_new_tokens=14, block_length=4, **policy)
     assert output.active_tokens.tolist() == [sum(forward["input_ids"].shape[1] for forward in output.forwards)]
-    assert all((forward["past_key_values"] is None) == ("none" in str(policy)) for forward in output.forwards)
+    assert all((forward["cache"] is None) == ("none" in str(policy)) for forward in output.forwards)
 
 
 def test_a_cache_of_the_callers_is_used(tiny, decode):
     cache = FreeCache()
-    output = decode(tiny("llada"), [PROMPT], **PLAIN, past_key_values=cache)
+    output = decode(tiny("llada"), [PROMPT], **PLAIN, cache=cache)
     assert cache.canvas_length == 20
-    assert all(forward["past_key_values"] is cache for forward in output.forwards)
+    assert all(forward["cache"] is cache for forward in output.forwards)
     cache.reset()
-    again = decode(tiny("llada"), [PROMPT], **PLAIN, past_key_values=cache)
+    again = decode(tiny("llada"), [PROMPT], **PLAIN, cache=cache)
     assert again.sequences.tolist() == output.sequences.tolist()
 
 
 def test_a_cache_of_the_callers_is_afterwards_written_in_inference_mode_only(tiny):
     cache, ids = FreeCache(), torch.tensor([PROMPT])
-    tiny("llada").generate(ids, max_new_tokens=4, past_key_values=cache)
+    tiny("llada").generate(ids, max_new_tokens=4, cache=cache)
     last = cache.canvas_length - 1
 
     def write():
         cache.window(last, last + 1)
-        tiny("llada")(ids[:, -1:], position_ids=torch.tensor([[last]]), past_key_values=cache)
+        tiny("llada")(ids[:, -1:], position_ids=torch.tensor([[last]]), **{CACHE_NAME: cache})
 
     with torch.no_grad(), pytest.raises(RuntimeError, match="Inplace update to inference tensor"):
         write()

@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig
 
 from hf_flashdlm import ARGuider
+from hf_flashdlm.compiling import CACHE_NAME
 
 
 MASK, V = 511, 512
@@ -107,7 +108,9 @@ def test_a_tie_for_the_best_token_is_accepted_by_every_rule(guider):
 
 def alphabet_guider(decide, **options):
     """A guider of six tokens, 0 the mask, that scores nothing and accepts as it is told."""
-    model = SimpleNamespace(config=AutoConfig.for_model("qwen2", vocab_size=6), device=torch.device("cpu"))
+    model = SimpleNamespace(
+        forward=lambda cache: None, config=AutoConfig.for_model("qwen2", vocab_size=6), device=torch.device("cpu")
+    )
     guider = Decided(model, decide, **options)
     diffusion_model = SimpleNamespace(config=model.config)
     guider.reset(diffusion_model, torch.ones(1, 9, dtype=torch.long), mask_token_id=0)
@@ -171,7 +174,7 @@ def test_an_always_refusing_guider_leaves_one_token_a_step_from_left_to_right(ti
     assert output.nfe.tolist() == [12, 12, 12]
     assert output.drafts_accepted.tolist() == [0, 0, 0]
     for step, forward in enumerate(output.forwards):
-        if forward["past_key_values"] is None and not policy.get("grow_canvas"):
+        if forward["cache"] is None and not policy.get("grow_canvas"):
             masks = (forward["input_ids"] == MASK).sum(1)
             assert masks.tolist() == [12 - step] * 3
     if policy == dict(window_policy="none"):
@@ -349,9 +352,7 @@ def test_after_any_history_the_cache_holds_the_committed_prefix(tiny, decode, se
 def test_every_forward_reads_from_the_last_committed_token_on(tiny, decode, decided):
     judge, read = decided(random(7)), []
     hook = tiny("guider").register_forward_pre_hook(
-        lambda _, args, kwargs: read.append(
-            (kwargs["past_key_values"].get_seq_length(), kwargs["input_ids"].shape[1])
-        ),
+        lambda _, args, kwargs: read.append((kwargs[CACHE_NAME].get_seq_length(), kwargs["input_ids"].shape[1])),
         with_kwargs=True,
     )
     try:
@@ -369,7 +370,7 @@ def test_every_forward_reads_from_the_last_committed_token_on(tiny, decode, deci
 def test_a_canvas_that_was_not_announced_is_noticed():
     canvas, positions = torch.tensor([[1, 2, 3, 0, 0]]), torch.arange(3, 5)[None]
     guider = alphabet_guider(always)
-    guider.forward = lambda input_ids, past_key_values, logits_to_keep, **_: SimpleNamespace(
+    guider.forward = lambda input_ids, cache, logits_to_keep, **_: SimpleNamespace(
         logits=torch.zeros(1, logits_to_keep, 6)
     )
     judge(guider, canvas, torch.zeros(1, 2, 6), positions, 3)

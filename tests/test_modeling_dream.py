@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache, StaticCache
 
 import hf_flashdlm
+from hf_flashdlm.compiling import CACHE_NAME
 from hf_flashdlm.configuration_dream import DreamConfig
 from hf_flashdlm.modeling_dream import DreamModel
 
@@ -134,24 +135,24 @@ def test_positions_behind_an_unchanged_cached_prefix_get_the_logits_of_the_full_
     mask[0, :3] = 0
     position_ids = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
-    full = model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache)
+    full = model(ids, attention_mask=mask, position_ids=position_ids, **{CACHE_NAME: cache})
     cache.crop(-7)
-    rest = model(ids[:, 5:], attention_mask=mask, position_ids=position_ids[:, 5:], past_key_values=cache)
+    rest = model(ids[:, 5:], attention_mask=mask, position_ids=position_ids[:, 5:], **{CACHE_NAME: cache})
     torch.testing.assert_close(rest.logits, full.logits[:, 5:], atol=ATOL, rtol=0)
 
 
 def test_unused_slots_of_a_static_cache_are_not_attended_to(dream):
     ids = canvas()
     cache = StaticCache(config=dream.config, max_cache_len=16)
-    logits = dream(ids, attention_mask=torch.ones_like(ids), past_key_values=cache).logits
+    logits = dream(ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}).logits
     torch.testing.assert_close(logits, dream(ids).logits, atol=ATOL, rtol=0)
 
 
 def test_default_positions_continue_behind_the_cache(dream):
     ids = canvas()
     out = dream(ids, use_cache=True)
-    out.past_key_values.crop(-7)
-    rest = dream(ids[:, 5:], past_key_values=out.past_key_values).logits
+    out[CACHE_NAME].crop(-7)
+    rest = dream(ids[:, 5:], **{CACHE_NAME: out[CACHE_NAME]}).logits
     torch.testing.assert_close(rest, out.logits[:, 5:], atol=ATOL, rtol=0)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, DynamicCache, StaticCache
 
 import hf_flashdlm  # noqa: F401  registers the model with the Auto classes
+from hf_flashdlm.compiling import CACHE_NAME
 from hf_flashdlm.configuration_llada import IMPLEMENTED_SWITCHES, LLaDAConfig
 from hf_flashdlm.modeling_llada import LLaDAModel, LLaDAModelLM
 
@@ -137,9 +138,9 @@ def test_positions_behind_an_unchanged_cached_prefix_get_the_logits_of_the_full_
     mask[0, :3] = 0
     position_ids = (mask.cumsum(1) - 1).clamp_min(0)
     cache = DynamicCache(config=model.config)
-    full = model(ids, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True)
+    full = model(ids, attention_mask=mask, position_ids=position_ids, **{CACHE_NAME: cache}, use_cache=True)
     cache.crop(-7)
-    rest = model(ids[:, 5:], attention_mask=mask, position_ids=position_ids[:, 5:], past_key_values=cache)
+    rest = model(ids[:, 5:], attention_mask=mask, position_ids=position_ids[:, 5:], **{CACHE_NAME: cache})
     torch.testing.assert_close(rest.logits, full.logits[:, 5:], atol=ATOL, rtol=0)
     assert cache.get_seq_length() == 12
 
@@ -147,21 +148,21 @@ def test_positions_behind_an_unchanged_cached_prefix_get_the_logits_of_the_full_
 def test_unused_slots_of_a_static_cache_are_not_attended_to(llada):
     ids = canvas()
     cache = StaticCache(config=llada.config, max_cache_len=16)
-    logits = llada(ids, attention_mask=torch.ones_like(ids), past_key_values=cache).logits
+    logits = llada(ids, attention_mask=torch.ones_like(ids), **{CACHE_NAME: cache}).logits
     torch.testing.assert_close(logits, llada(ids).logits, atol=ATOL, rtol=0)
 
 
 def test_default_positions_continue_behind_the_cache(llada):
     ids = canvas()
     out = llada(ids, use_cache=True)
-    out.past_key_values.crop(-7)
-    rest = llada(ids[:, 5:], past_key_values=out.past_key_values).logits
+    out[CACHE_NAME].crop(-7)
+    rest = llada(ids[:, 5:], **{CACHE_NAME: out[CACHE_NAME]}).logits
     torch.testing.assert_close(rest, out.logits[:, 5:], atol=ATOL, rtol=0)
 
 
 def test_a_cache_is_only_made_on_request(llada):
-    assert llada(canvas()).past_key_values is None
-    assert llada(canvas(), use_cache=True).past_key_values.get_seq_length() == 12
+    assert getattr(llada(canvas()), CACHE_NAME) is None
+    assert llada(canvas(), use_cache=True)[CACHE_NAME].get_seq_length() == 12
 
 
 @pytest.mark.parametrize("kept", [3, torch.tensor([1, 4, 5])])
@@ -258,7 +259,7 @@ def test_number_of_key_value_heads(fields, num_kv_heads):
     model = tiny(**fields)
     assert model.config.num_key_value_heads == num_kv_heads
     out = model(canvas(), use_cache=True)
-    assert out.past_key_values.layers[0].keys.shape == (2, num_kv_heads, 12, 8)
+    assert out[CACHE_NAME].layers[0].keys.shape == (2, num_kv_heads, 12, 8)
 
 
 @pytest.mark.parametrize(

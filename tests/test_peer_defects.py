@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import TextDiffusionStreamer
 
+from hf_flashdlm.compiling import CACHE_NAME
 from hf_flashdlm.unmasking import ConfidenceFactor, Drafter
 
 
@@ -66,7 +67,7 @@ def test_d7_dream_decodes_batches_with_a_cache(tiny, decode, policy, prompts, ru
 def test_d9_finished_rows_leave_the_cache_too(tiny, decode, policy):
     options = dict(max_new_tokens=16, block_length=8, window_policy=policy, pad_token_id=0)
     output = decode(tiny("dream_trained"), [list(range(20, 28)), *PROMPTS], eos_token_id=list(range(120)), **options)
-    sizes = [forward["past_key_values"].layers[0].keys.shape[0] for forward in output.forwards]
+    sizes = [forward["cache"].layers[0].keys.shape[0] for forward in output.forwards]
     assert len(set(output.nfe.tolist())) > 1
     assert set(sizes) == {0}, "all forwards share one cache, and no row is left at the end"
 
@@ -98,7 +99,7 @@ def test_d11_tokens_suppressed_at_the_beginning_may_stand_elsewhere(tiny, decode
 def test_d12_a_guider_writes_no_token_and_keeps_no_prefix_twice(tiny, decode, capfd):
     lengths = []
     hook = tiny("guider").register_forward_hook(
-        lambda _, args, kwargs, output: lengths.append(output.past_key_values.get_seq_length()), with_kwargs=True
+        lambda _, args, kwargs, output: lengths.append(output[CACHE_NAME].get_seq_length()), with_kwargs=True
     )
     try:
         output = decode(tiny("dream_trained"), PROMPTS, guider=tiny("guider"), max_new_tokens=16, stop_at_eos=False)

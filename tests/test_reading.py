@@ -8,6 +8,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_flashdlm import ARGuider
+from hf_flashdlm.compiling import CACHE_NAME
 
 
 MASK, V, LENGTH = 511, 512, 26
@@ -177,9 +178,7 @@ def test_a_model_that_sees_what_it_judges_is_refused(tiny, decode):
 
 def test_a_model_without_a_cache_is_refused(tiny, decode):
     old = make("openai-gpt", dict(vocab_size=V, n_embd=32, n_layer=1, n_head=4))
-    message = (
-        "`guider` must take `past_key_values` in its forward, which OpenAIGPTLMHeadModel does not: choose another"
-    )
+    message = f"`guider` must take `{CACHE_NAME}` in its forward, which OpenAIGPTLMHeadModel does not: choose another"
     with pytest.raises(ValueError, match=f"^{re.escape(message)} model\\.$"):
         decode(tiny("dream_trained"), [[5, 70]], max_new_tokens=4, guider=old)
 

@@ -176,7 +176,7 @@ class Probe:
 
     def _begin(self, _, args, kwargs) -> None:
         ids = kwargs["input_ids"] if kwargs.get("input_ids") is not None else args[0]
-        cache, kept = kwargs.get("past_key_values"), kwargs.get("logits_to_keep", 0)
+        cache, kept = kwargs.get("cache", kwargs.get("past_key_values")), kwargs.get("logits_to_keep", 0)
         rows, queries = ids.shape
         head_rows = len(kept) if isinstance(kept, torch.Tensor) else kept or queries
         keys = queries if cache is None else cache.get_mask_sizes(queries, 0)[0]
