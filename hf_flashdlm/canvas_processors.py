@@ -5,7 +5,7 @@ at once, and which of them can be. Knows nothing of the loop or of what any proc
 """
 
 import torch
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation import logits_process as host
 
 
@@ -42,6 +42,71 @@ BY_CONTEXT = (
     host.SequenceBiasLogitsProcessor,
     host.NoBadWordsLogitsProcessor,
 )
+
+
+CANVAS_PROCESSOR_MEMBERS = ("lookahead", "reset", "__call__", "batch_select_indices", "statistics")
+
+
+class CanvasProcessor(LogitsProcessor):
+    r"""
+    Changes the scores of a step with the whole canvas in view, an argument of `generate` as `guider=`: a guide of the
+    caller's own, which needs no autoregressive model. [`ARGuider`] has the same form. A class that inherits from this
+    one needs `__call__` only. `generate` works on a shallow copy of the object, so that what `reset` sets on it
+    belongs to that call.
+    """
+
+    lookahead: int | None = None  # positions from the frontier on that a step scores; `None`: those of the block
+
+    def reset(
+        self,
+        diffusion_model,
+        canvas_mask: torch.LongTensor,
+        mask_token_id: int,
+        temperature: float | None = None,
+        generator: torch.Generator | None = None,
+        compile_config=None,
+    ) -> None:
+        r"""
+        Begin a call.
+
+        Args:
+            diffusion_model (`PreTrainedModel`): The model whose scores are changed.
+            canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas is padding.
+            mask_token_id (`int`): The mask token. A position where nothing else is finite is refused.
+            temperature (`float`, *optional*): What the scores have been divided by, where tokens are drawn.
+            generator (`torch.Generator`, *optional*): Source of randomness of the call.
+            compile_config (`CompileConfig`, *optional*): Of the call.
+        """
+
+    def __call__(
+        self,
+        input_ids: torch.LongTensor,
+        scores: torch.Tensor,
+        positions: torch.LongTensor,
+        frontier: torch.LongTensor,
+        candidate: torch.BoolTensor,
+    ) -> torch.Tensor:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(batch_size, canvas_length)`): The canvas, masks included.
+            scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Scores of the diffusion model.
+            positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
+                The canvas positions that the scores belong to, on the CPU.
+            frontier (`torch.LongTensor` of shape `(batch_size,)`): First masked position of each row, on the CPU.
+            candidate (`torch.BoolTensor` of shape `(batch_size, num_positions)`):
+                Which positions may be written, on the CPU.
+
+        Returns:
+            `torch.Tensor`: Scores of the same shape.
+        """
+        raise NotImplementedError(f"`{type(self).__name__}` must define `__call__`.")
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        """Keep the rows `indices` (on the CPU) of the batch; the others are finished."""
+
+    def statistics(self, total_seconds: float) -> dict:
+        """Fields of [`DiffusionGenerationOutput`] to fill in, at the end of a call of `total_seconds`."""
+        return {}
 
 
 class CanvasProcessors:

@@ -9,13 +9,16 @@ tensors on the model's device. Where a row stands are plain numbers, a [`Row`] e
 forward, and one transfer per step, of the drafts and their confidence, keeps them up to date.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 
-from .unmasking import negative_entropy, select
-from .windows import WindowPolicy
+from .blocks import Blocks
+from .schedule import Schedule
+from .unmasking import Drafts, MostConfident, UnmaskingRule, negative_entropy
+from .windows import Window, WindowPolicy
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Row:
     index: int  # of the caller's batch
     tokens: list[int]  # the canvas, masks included
     masked: bytearray  # for each position whether it is masked
+    prompt_length: int  # where the generated region begins, the same column for all rows
     frontiers: list[int]  # first masked position now, and as the k-th last forward saw it (0: none)
     written: list[int] = field(default_factory=list)  # positions written at the last step
     written_entropy: float = 0.0  # the highest of their distributions, where it is measured
@@ -59,12 +63,12 @@ class DenoisingState:
     rows: list[Row]
 
     @classmethod
-    def start(cls, canvas: torch.LongTensor, mask_token_id: int, history: int) -> "DenoisingState":
+    def start(cls, canvas: torch.LongTensor, mask_token_id: int, prompt_length: int, history: int) -> "DenoisingState":
         """The state before the first step, for a canvas `(B, L)` with at least one mask in every row."""
         rows = []
         for index, tokens in enumerate(canvas.tolist()):
             masked = bytearray(token == mask_token_id for token in tokens)
-            rows.append(Row(index, tokens, masked, [masked.find(True)] + [0] * history))
+            rows.append(Row(index, tokens, masked, prompt_length, [masked.find(True)] + [0] * history))
         return cls(canvas, rows)
 
     def write(self) -> None:
@@ -82,54 +86,6 @@ class DenoisingState:
 
 
 @dataclass(frozen=True)
-class Blocks:
-    r"""
-    How the generated region is tiled, and where a step may write.
-
-    Args:
-        prompt_length (`int`): Where the first block starts. Masks inside the prompt belong to it.
-        block_length (`int`): Length of every block; the last may be cut by the end of the canvas.
-        lookahead (`int`, *optional*): Candidates are so many positions from the frontier on, whatever the block.
-        synchronous (`bool`): Rows that have finished a block wait for the others before they enter the next.
-    """
-
-    prompt_length: int
-    block_length: int
-    lookahead: int | None = None
-    synchronous: bool = False
-
-    def enter(self, rows: list[Row]) -> None:
-        """Renew what depends on the block, for the rows whose frontier has reached another one."""
-        slowest = min(row.frontier for row in rows)
-        for row in rows:
-            frontier = slowest if self.synchronous else row.frontier
-            index = max(frontier - self.prompt_length, 0) // self.block_length
-            if index != row.block_index:
-                row.block_index = index
-                row.block_start = self.prompt_length + index * self.block_length
-                row.block_stop = min(row.block_start + self.block_length, len(row.masked))
-                row.block_masked = row.masked.count(True, 0, row.block_stop)
-                row.block_nfe = row.step = 0
-
-    def candidates(self, rows: list[Row], ends: list[int]) -> tuple[list[range], list[bytearray]]:
-        """
-        Consecutive positions from each row's frontier on, before its end of `ends`, as many for all rows; and for each
-        of them whether it may be written.
-        """
-        stops = [min(self._stop(row), end) for row, end in zip(rows, ends, strict=True)]
-        count = max(stop - row.frontier for row, stop in zip(rows, stops, strict=True))
-        # Rows near the end of the canvas start earlier: what lies before their frontier is no candidate.
-        starts = [min(row.frontier, len(row.masked) - count) for row in rows]
-        candidate = [
-            row.masked[start:stop].ljust(count, b"\0") for row, start, stop in zip(rows, starts, stops, strict=True)
-        ]
-        return [range(start, start + count) for start in starts], candidate
-
-    def _stop(self, row: Row) -> int:
-        return row.block_stop if self.lookahead is None else row.frontier + self.lookahead
-
-
-@dataclass(frozen=True)
 class Method:
     r"""
     A decoding method of the field: a choice of parts.
@@ -137,14 +93,14 @@ class Method:
     Args:
         window_policy ([`WindowPolicy`]): Which positions a forward recomputes.
         blocks ([`Blocks`]): Which positions may be written.
-        schedule (`Callable`): `row -> (quota, next step)`, see [`UniformSchedule`].
-        rule (`Callable`, *optional*): How many of the most confident candidates are written, see [`select`].
+        schedule ([`Schedule`]): How many tokens a row writes at least.
+        rule ([`UnmaskingRule`], *optional*): Which drafts are written; by default the most confident ones.
     """
 
     window_policy: WindowPolicy
     blocks: Blocks
-    schedule: Callable
-    rule: Callable | None = None
+    schedule: Schedule
+    rule: UnmaskingRule = MostConfident()
 
 
 def denoise(
@@ -161,7 +117,7 @@ def denoise(
     1. The window policy says which positions are recomputed, the blocks which are scored.
     2. One forward of the model scores them.
     3. The processors, a guider among them, change or refuse scores; a token is drafted for each position.
-    4. The most confident candidates are written, as many as schedule and rule say.
+    4. The blocks say which drafts may be written, schedule and rule which of them are.
     5. Rows that are finished leave the batch.
 
     Args:
@@ -176,11 +132,12 @@ def denoise(
 
     Raises:
         RuntimeError: If processors refuse every candidate of a row, so that it could never finish.
+        ValueError: If a part answers what no step can do; the message names the part.
     """
     while state.rows:
         # 1. windows
         method.blocks.enter(state.rows)
-        windows = [method.window_policy(row) for row in state.rows]
+        windows = [_window(method.window_policy, row) for row in state.rows]
         positions, candidate = method.blocks.candidates(state.rows, [window.hi for window in windows])
         # 2. one forward
         frontier = [row.frontier for row in state.rows]
@@ -209,6 +166,20 @@ def _transfer(token_ids: torch.LongTensor, confidence: torch.Tensor, entropy: to
     return torch.stack([one.to(confidence.dtype) for one in numbers]).tolist()  # a token id is exact as a float, too
 
 
+def _window(policy: WindowPolicy, row: Row) -> Window:
+    """The window of a row's next forward, checked."""
+    window, length = policy(row), len(row.tokens)
+    is_window = isinstance(window, Window)
+    fits = is_window and 0 <= window.frozen <= window.lo < window.hi <= window.attended <= length
+    # A row that waits for the others has nothing to write.
+    if not fits or not (window.lo <= row.frontier < window.hi or row.frontier >= row.block_stop):
+        raise ValueError(
+            "`window_policy` must return a `Window` with 0 <= frozen <= lo <= first mask < hi <= attended <= canvas "
+            f"length, here {row.frontier} and {length}, got {window} from {type(policy).__name__}."
+        )
+    return window
+
+
 def _unmask(
     row: Row,
     method: Method,
@@ -218,17 +189,46 @@ def _unmask(
     confidence: list[float],
     entropy: list[float] | None = None,
 ) -> None:
-    """Write those of a row's drafts that schedule and rule choose."""
-    quota, row.step = method.schedule(row)
-    places = select(confidence, candidate, quota, method.rule)
-    if not places and quota > 0 and any(candidate):
+    """Write those of a row's drafts that blocks, schedule and rule choose."""
+    able = zip(positions, candidate, confidence, strict=True)
+    candidates = [position for position, may, sure in able if may and sure > -inf]
+    drafts = Drafts(positions, list(map(int, token_ids)), confidence, candidates)
+    is_refused = any(candidate) and not candidates
+    if row.block_nfe == 0:
+        method.blocks.cut(drafts, row)
+    drafts.quota, row.step = _scheduled(method.schedule, row)
+    if is_refused and drafts.quota > 0:
         raise RuntimeError(
             f"Row {row.index} could not unmask any position: every candidate was refused or has no finite score. "
             "A logits processor must leave each unfinished row a candidate other than the mask token."
         )
-    row.write({positions[place]: int(token_ids[place]) for place in places})
+    chosen = _chosen(method.rule, drafts, row)
+    row.write({position: drafts.token_id(position) for position in chosen})
     if entropy is not None:
-        row.written_entropy = max((entropy[place] for place in places), default=0.0)
+        row.written_entropy = max((entropy[position - positions.start] for position in chosen), default=0.0)
+
+
+def _scheduled(schedule: Schedule, row: Row) -> tuple[int, int]:
+    """What the schedule says of a row, checked."""
+    answer = schedule(row)
+    if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(number, int) for number in answer):
+        raise ValueError(
+            "`schedule` must return two integers, the tokens to write at least and the next step of the block, got "
+            f"{answer!r} from {type(schedule).__name__}."
+        )
+    return answer
+
+
+def _chosen(rule: UnmaskingRule, drafts: Drafts, row: Row) -> list[int]:
+    """The positions that the rule chooses, in order, checked; at least one where the schedule asks for any."""
+    answer = rule(drafts, row)
+    chosen = sorted(set(answer)) if isinstance(answer, Iterable) else None
+    if chosen is None or not set(drafts.candidates).issuperset(chosen):
+        raise ValueError(
+            f"`unmasking_rule` must return positions among `drafts.candidates`, here {drafts.candidates}, got "
+            f"{answer!r} from {type(rule).__name__}."
+        )
+    return chosen or (drafts.ranked()[:1] if drafts.quota > 0 else [])
 
 
 def _unfinished(finished: list[bool]) -> torch.LongTensor:

@@ -1,40 +1,73 @@
 """The options of a diffusion decode: names, defaults and checks, in one place.
 
 Every option can be a keyword of `generate`, an attribute of a `GenerationConfig`, or a key of generation_config.json,
-in that order of priority. Knows nothing of tensors or of how an option is used.
+in that order of priority; a part that is an object can only be a keyword. Knows nothing of tensors or of how an option
+is used.
 """
 
+import inspect
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
-from transformers import GenerationConfig
+from .methods import METHODS
+
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 DEFAULT_BLOCK_LENGTH = 32
 DEFAULT_CONFIDENCE_THRESHOLD = 0.9
 DEFAULT_REFRESH_STEPS = 8
+DEFAULT_DELIMITER_THRESHOLD = 0.3
+DELIMITER_SHARE = 0.25  # of the generated region: the default of `delimiter_window`
 
 WINDOW_POLICIES = ("freecache", "prefix", "dual", "dkv", "none")
 CONFIDENCES = ("probability", "margin", "entropy", "random")
 SCHEDULES = ("uniform", "timesteps")
+BLOCKS = ("fixed", "whole", "adaptive")
 RULES = ("confidence_threshold", "factor", "frechet_delta", "entropy_bound")
 
 # Names that other implementations use, and what they are called here.
 PEER_NAMES = {
-    "gen_length": "max_new_tokens",
-    "block_size": "block_length",
-    "diffusion_steps": "steps",
-    "num_inference_steps": "steps",
-    "max_denoising_steps": "steps",
-    "threshold": "confidence_threshold",
-    "remasking": "confidence",
-    "alg": "confidence",
-    "alg_temp": "position_temperature",
-    "cfg_scale": "guidance_scale` (1 + cfg_scale), `",
-    "mask_id": "mask_token_id",
-    "dual_cache": "window_policy",
-    "use_block_caching": "window_policy",
-    "cache_steps": "refresh_steps",
-    "cache_reloading_step": "refresh_steps",
+    "gen_length": "`max_new_tokens`",
+    "block_size": "`block_length`",
+    "diffusion_steps": "`steps`",
+    "num_inference_steps": "`steps`",
+    "max_denoising_steps": "`steps`",
+    "threshold": "`confidence_threshold`",
+    "remasking": "`confidence`",
+    "alg": "`confidence`",
+    "alg_temp": "`position_temperature`",
+    "cfg_scale": "`guidance_scale`, which is 1 + cfg_scale",
+    "mask_id": "`mask_token_id`",
+    "dual_cache": "`window_policy='dual'`",
+    "use_block_caching": "`window_policy='freecache'`",
+    "cache_steps": "`refresh_steps`",
+    "cache_reloading_step": "`refresh_steps`",
+}
+
+# The options that make a method, which a named one sets all.
+METHOD_OPTIONS = (
+    *("steps", "schedule", "confidence", "position_temperature", "unmasking_rule", "window_policy", "blocks"),
+    *("delimiter_threshold", "delimiter_window", "grow_canvas", "freeze_length", "freeze_lag", "left_margin"),
+    *("right_window", "attend_stale", "refresh_blocks", "refresh_entropy", "refresh_steps", "run_empty_steps"),
+    *RULES,
+)
+
+# Parts that may be objects: the names of the built-in ones, and the protocol of a caller's own, as the attributes it
+# needs and the methods with their arguments.
+PARTS = {
+    "window_policy": (
+        WINDOW_POLICIES,
+        "WindowPolicy",
+        ("history", "synchronous", "needs_entropy"),
+        {"__call__": ("row",)},
+    ),
+    "blocks": (BLOCKS, "BlockPolicy", (), {"stop": ("row",), "cut": ("drafts", "row")}),
+    "schedule": (SCHEDULES, "Schedule", (), {"__call__": ("row",)}),
+    "unmasking_rule": ((), "UnmaskingRule", (), {"__call__": ("drafts", "row")}),
+    "confidence": (CONFIDENCES, "Confidence", (), {"__call__": ("scores", "token_ids", "probability")}),
 }
 
 # Options that mean something to some window policies only.
@@ -54,21 +87,33 @@ _POLICY_OPTIONS = {
 @dataclass(frozen=True)
 class DiffusionOptions:
     r"""
-    Options that `generate` takes beside the host's own.
+    Options that `generate` takes beside those of Transformers. Five of them name a part of the decode or are one: an
+    object that follows the protocol named with it.
 
     Args:
+        method (`str`, *optional*):
+            A published method, which stands for its line of settings in `methods.METHODS`. Given as a keyword, it
+            replaces the corresponding options of the generation config; keywords beside it win.
         block_length (`int`, *optional*):
             The generated region is unmasked in blocks of this many tokens, from the end of the prompt on. By default
             32, or the whole region if that is shorter.
+        blocks (`str` or [`BlockPolicy`], *optional*, defaults to `"fixed"`):
+            `"fixed"` blocks of `block_length`, `"whole"` for a single one, or `"adaptive"`: a block ends at a
+            delimiter of which the model is sure (AdaBlock-dLLM), see [`AdaptiveBlocks`].
+        delimiter_token_ids (`int` or `list[int]`, *optional*): Tokens at which an adaptive block may end.
+        delimiter_threshold (`float`, *optional*): Least probability of such a token; by default 0.3.
+        delimiter_window (`int`, *optional*):
+            Positions from a block's start that are searched for one; by default a quarter of `max_new_tokens`.
         steps (`int`, *optional*):
             Number of denoising steps for the whole region: a fixed number of tokens is written at each. Excludes the
             four rules below and a guider.
-        schedule (`str`, *optional*, defaults to `"uniform"`):
-            How `steps` are spread: `"uniform"` as LLaDA does, `"timesteps"` as Dream does.
+        schedule (`str` or [`Schedule`], *optional*):
+            How `steps` are spread: `"uniform"` as LLaDA does, which is the default with `steps`, or `"timesteps"` as
+            Dream does. Without `steps` it spreads as many steps as there are tokens.
         eps (`float`, *optional*, defaults to 1e-3): Last timestep of the `"timesteps"` schedule.
         run_empty_steps (`bool`, *optional*, defaults to `False`):
             Whether steps of the `"timesteps"` schedule that write nothing are run, as Dream does.
-        confidence (`str`, *optional*, defaults to `"probability"`):
+        confidence (`str` or [`Confidence`], *optional*, defaults to `"probability"`):
             What is written first: `"probability"` (LLaDA's low_confidence, Dream's maskgit_plus), `"margin"`
             (topk_margin), `"entropy"`, `"random"` (LLaDA's random, Dream's origin).
         position_temperature (`float`, *optional*, defaults to 0.0): Noise on that order (Dream's alg_temp).
@@ -79,7 +124,8 @@ class DiffusionOptions:
         frechet_delta (`float`, *optional*): Rule of Fast-dLLM++, see [`FrechetProfile`].
         entropy_bound (`float`, *optional*): Rule of the EB-Sampler, see [`EntropyBound`]; implies
             `confidence="entropy"`.
-        window_policy (`str`, *optional*, defaults to `"freecache"`):
+        unmasking_rule ([`UnmaskingRule`], *optional*): A rule of the caller's own, instead of the four above.
+        window_policy (`str` or [`WindowPolicy`], *optional*, defaults to `"freecache"`):
             `"freecache"` freezes the states of the prompt and of finished blocks (FlashDLM), `"prefix"` and `"dual"`
             refresh all at each block (Fast-dLLM), `"dkv"` keeps written tokens one step late (dKV-Cache), `"none"`
             recomputes everything.
@@ -93,9 +139,11 @@ class DiffusionOptions:
         grow_canvas (`bool`, *optional*, defaults to `False`):
             Show the model only the blocks up to the current one, so that the cost does not depend on
             `max_new_tokens`.
-        refresh_blocks (`int`, *optional*): FreeCache recomputes everything at every so many blocks.
-        refresh_entropy (`float`, *optional*): And after writing a token with more entropy than this, in nats.
-        refresh_steps (`int`, *optional*): dKV-Cache recomputes everything at every so many steps; by default 8.
+        refresh_blocks (`int`, *optional*): FreeCache recomputes everything at every this many blocks.
+        refresh_entropy (`float`, *optional*):
+            Recompute everything after a step that wrote a token whose distribution had more entropy than this, in
+            nats.
+        refresh_steps (`int`, *optional*): dKV-Cache recomputes everything at every this many steps; by default 8.
         synchronize_blocks (`bool`, *optional*):
             Whether rows wait for each other before they enter a block. By default those of a batch do where the
             window policy refreshes at blocks.
@@ -104,18 +152,24 @@ class DiffusionOptions:
         mask_token_id (`int`, *optional*): By default `model.config.mask_token_id`.
     """
 
+    method: str | None = None
     block_length: int | None = None
+    blocks: Any = "fixed"
+    delimiter_token_ids: int | list[int] | None = None
+    delimiter_threshold: float | None = None
+    delimiter_window: int | None = None
     steps: int | None = None
-    schedule: str = "uniform"
+    schedule: Any = None
     eps: float = 1e-3
     run_empty_steps: bool = False
-    confidence: str = "probability"
+    confidence: Any = "probability"
     position_temperature: float = 0.0
     confidence_threshold: float | None = None
     factor: float | None = None
     frechet_delta: float | None = None
     entropy_bound: float | None = None
-    window_policy: str = "freecache"
+    unmasking_rule: Any = None
+    window_policy: Any = "freecache"
     freeze_length: int | None = None
     freeze_lag: int = 1
     left_margin: int = 0
@@ -130,26 +184,25 @@ class DiffusionOptions:
     mask_token_id: int | None = None
 
     def __post_init__(self):
-        for name in ("block_length", "steps", "freeze_length", "right_window", "refresh_blocks", "refresh_steps"):
+        for name in (
+            *("block_length", "steps", "freeze_length", "right_window", "refresh_blocks", "refresh_steps"),
+            "delimiter_window",
+        ):
             self._check_number(name, int, 1)
         for name in ("freeze_lag", "left_margin", "mask_token_id"):
             self._check_number(name, int, 0)
         for name in ("position_temperature", "factor", "frechet_delta", "entropy_bound", "refresh_entropy"):
             self._check_number(name, float, 0)
-        for name in ("eps", "confidence_threshold", "frechet_delta"):
+        for name in ("eps", "confidence_threshold", "frechet_delta", "delimiter_threshold"):
             self._check_number(name, float, 0, 1)
         for name in ("run_empty_steps", "attend_stale", "grow_canvas", "stop_at_eos", "synchronize_blocks"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (name != "synchronize_blocks" or value is not None):
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")
-        for name, choices in (
-            ("window_policy", WINDOW_POLICIES),
-            ("confidence", CONFIDENCES),
-            ("schedule", SCHEDULES),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
+        for name in PARTS:
+            check_part(name, getattr(self, name))
         self._check_rules()
+        self._check_blocks()
         self._check_policy()
 
     def _check_number(self, name: str, kind: type, lowest: int, highest: int | None = None) -> None:
@@ -164,26 +217,65 @@ class DiffusionOptions:
             raise ValueError(f"`{name}` must be {noun} {limits}, got {value!r}.")
 
     def _check_rules(self) -> None:
-        rules = [name for name in RULES if getattr(self, name) is not None]
-        if self.steps is not None and rules:
+        rules = [name for name in (*RULES, "unmasking_rule") if getattr(self, name) is not None]
+        written = [name for name in rules if name != "unmasking_rule"]
+        scheduled = "steps" if self.steps is not None else "schedule"
+        if self.is_scheduled and written:
             raise ValueError(
-                f"`steps` fixes how many tokens a step writes and `{rules[0]}` leaves it open, got steps={self.steps} "
-                f"and {rules[0]}={getattr(self, rules[0])}: pass one of them, and `None` for the other if the model's "
-                "generation config sets it."
+                f"`{scheduled}` fixes how many tokens a step writes and `{rules[0]}` leaves it open, got "
+                f"{scheduled}={getattr(self, scheduled)} and {rules[0]}={getattr(self, rules[0])}: pass one of them, "
+                "and `None` for the other if the model's generation config sets it."
             )
         if len(rules) > 1:
             raise ValueError(f"`{rules[0]}` and `{rules[1]}` are rules for the same thing: pass one of them.")
-        if self.steps is None and (self.schedule != "uniform" or self.run_empty_steps):
+        if self.run_empty_steps and self.schedule != "timesteps":
             raise ValueError(
-                f"`schedule` and `run_empty_steps` say how `steps` are spread, got schedule={self.schedule!r} and no "
-                "`steps`: pass `steps` too."
+                f"`run_empty_steps` belongs to schedule='timesteps', got schedule={self.schedule!r}: drop it."
+            )
+        if self.steps is not None and not isinstance(self.schedule, str | None):
+            raise ValueError(
+                f"`steps` are spread by the built-in schedules, got steps={self.steps} and a `schedule` of "
+                f"{type(self.schedule).__name__}: drop one of them."
             )
         # `entropy_bound` implies its own measure, so the default is as good as saying it.
         fitting = ("probability", "entropy")[: 1 + (rules == ["entropy_bound"])]
-        if self.steps is None and self.confidence not in fitting:
+        if not self.is_scheduled and self.unmasking_rule is None and self.confidence not in fitting:
             raise ValueError(
                 f"`confidence` must be {fitting[-1]!r} for `{(rules or RULES)[0]}`, got {self.confidence!r}: drop it, "
-                "or pass `steps`."
+                "or pass `steps` or an `unmasking_rule`."
+            )
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a schedule says how many tokens a step writes."""
+        return self.steps is not None or self.schedule is not None
+
+    def _check_blocks(self) -> None:
+        is_adaptive = self.blocks == "adaptive"
+        for name in ("delimiter_threshold", "delimiter_window"):
+            if getattr(self, name) is not None and not is_adaptive:
+                raise ValueError(f"`{name}` belongs to blocks='adaptive', got blocks={self.blocks!r}: drop it.")
+        if self.blocks == "whole" and self.block_length is not None:
+            raise ValueError(
+                f"`block_length` divides a region that blocks='whole' leaves undivided, got {self.block_length}: drop "
+                "one of them."
+            )
+        if self.steps is not None and self.blocks not in ("fixed", "whole"):
+            raise ValueError(
+                f"`steps` are spread over blocks whose number is known, got blocks={self.blocks!r}: drop one of them."
+            )
+        if not is_adaptive:
+            return
+        ids = self.delimiter_token_ids
+        if not (ids if isinstance(ids, list | tuple) else isinstance(ids, int)):
+            raise ValueError(
+                f"`delimiter_token_ids` must name the tokens at which an adaptive block may end, got {ids!r}: pass "
+                'for example the ids of a line break, `tokenizer.encode("\\n", add_special_tokens=False)`.'
+            )
+        if self.confidence != "probability" or self.position_temperature or self.entropy_bound is not None:
+            raise ValueError(
+                "`blocks='adaptive'` compares the probability of drafts with `delimiter_threshold`, got another "
+                "measure in `confidence`, `position_temperature` or `entropy_bound`: drop it."
             )
 
     def _check_policy(self) -> None:
@@ -195,9 +287,11 @@ class DiffusionOptions:
                     f"with {self.window_policy!r}: drop it."
                 )
 
-    def blocks(self, max_new_tokens: int) -> tuple[int, int]:
+    def tiling(self, max_new_tokens: int) -> tuple[int, int]:
         """Length and number of the blocks that tile a region of `max_new_tokens`; checks what depends on it."""
         block_length = self.block_length or min(DEFAULT_BLOCK_LENGTH, max_new_tokens)
+        if self.blocks == "whole":
+            block_length = max_new_tokens
         if block_length > max_new_tokens:
             raise ValueError(
                 f"`block_length` must be at most `max_new_tokens`={max_new_tokens}, got {block_length}: lower it, or "
@@ -217,7 +311,53 @@ class DiffusionOptions:
         return [field.name for field in fields(cls)]
 
     @classmethod
-    def read(cls, generation_config: GenerationConfig) -> "DiffusionOptions":
-        """The options that a prepared generation config holds, checked."""
+    def read(cls, generation_config: "GenerationConfig") -> "DiffusionOptions":
+        """The options that a prepared generation config holds, those of its method filled in, checked."""
         values = {name: getattr(generation_config, name) for name in cls.names() if hasattr(generation_config, name)}
-        return cls(**values)
+        return cls(**_settings(values.get("method")) | values)
+
+    @classmethod
+    def expand(cls, keywords: dict) -> dict:
+        """The keywords of a call with those that its `method` stands for: all options that make a method."""
+        if keywords.get("method") is None:
+            return keywords
+        settings = _settings(keywords["method"])
+        defaults = {field.name: field.default for field in fields(cls)}
+        if settings.get("blocks") == "whole":
+            settings = {"block_length": None} | settings
+        return {name: defaults[name] for name in METHOD_OPTIONS} | settings | keywords
+
+
+def _settings(method: str | None) -> dict:
+    """The line of settings of a named method."""
+    if method is not None and (not isinstance(method, str) or method not in METHODS):
+        raise ValueError(f"`method` must be one of {', '.join(METHODS)}, got {method!r}.")
+    return {} if method is None else METHODS[method]
+
+
+def check_part(name: str, part) -> None:
+    """Refuse what is neither the name of a built-in part nor an object that follows the protocol of the part."""
+    names, protocol, attributes, methods = PARTS[name]
+    if part is None and name in ("schedule", "unmasking_rule"):
+        return
+    if isinstance(part, str | int | float | None) and not callable(part):
+        if part not in names or isinstance(part, int | float):
+            choices = f"one of {', '.join(names)}, or " if names else ""
+            raise ValueError(f"`{name}` must be {choices}an object that follows `{protocol}`, got {part!r}.")
+        return
+    if isinstance(part, type):
+        raise ValueError(f"`{name}` must be an object, got the class {part.__name__}: pass an instance of it.")
+    for member in (*attributes, *methods):
+        if not hasattr(part, member):
+            raise ValueError(
+                f"`{name}` must have `{member}`, which {type(part).__name__} lacks: see the protocol `{protocol}`."
+            )
+    for method, arguments in methods.items():
+        try:
+            inspect.signature(getattr(part, method)).bind(*arguments)
+        except TypeError:
+            asked = f"{'' if method == '__call__' else method}({', '.join(arguments)})"
+            raise ValueError(
+                f"`{name}` must be called as `{asked}`, which {type(part).__name__} does not take: see the protocol "
+                f"`{protocol}`."
+            ) from None

@@ -22,14 +22,14 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import FreeCache
-from .canvas_processors import CanvasProcessors
+from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
 from .compiling import CACHE_NAME, cache_name, device_of
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
-from .generation_config import PEER_NAMES, DiffusionOptions
+from .generation_config import PARTS, PEER_NAMES, DiffusionOptions
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider
-from .methods import choose_parts
+from .parts import choose_parts
 from .stopping import RowEnds
 from .streaming import Stream
 from .unmasking import Drafter
@@ -55,8 +55,9 @@ class FlashDLMGenerationMixin(GenerationMixin):
     Beside the host's arguments it takes those of [`DiffusionOptions`] and:
 
     Args:
-        guider (`PreTrainedModel` or [`ARGuider`], *optional*):
-            An autoregressive model that judges which drafts are written at once.
+        guider (`PreTrainedModel`, [`ARGuider`] or [`CanvasProcessor`], *optional*):
+            An autoregressive model that judges which drafts are written at once, or any object that changes scores
+            with the whole canvas in view.
         generator (`torch.Generator`, *optional*): Source of randomness with `do_sample=True`.
 
     The host's `compile_config` compiles the forwards of both models, the diffusion model's for static shapes. Without
@@ -85,30 +86,31 @@ class FlashDLMGenerationMixin(GenerationMixin):
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
         """Hook 2 of 4: keywords of ours, which the host's config would call unknown; refusals."""
         for name in kwargs.keys() & PEER_NAMES.keys():
-            raise ValueError(f"`{name}` is an option of other implementations: here it is `{PEER_NAMES[name]}`.")
+            raise ValueError(f"`{name}` is an option of other implementations: here it is {PEER_NAMES[name]}.")
         if "cache" in kwargs:
             kwargs[CACHE_NAME] = kwargs.pop("cache")  # the name of 5.24, on every version
-        ours = {name: kwargs.pop(name) for name in DiffusionOptions.names() if name in kwargs}
-        given = set(ours) | (set() if generation_config is None else set(vars(generation_config)))
+        ours = DiffusionOptions.expand({name: kwargs.pop(name) for name in DiffusionOptions.names() if name in kwargs})
         if kwargs.pop("use_cache", None) is False:
             # Only the caller's word counts: checkpoints set it to false because autoregressive caching fails there.
             ours.setdefault("window_policy", "none")
+        given = set(ours) | (set() if generation_config is None else set(vars(generation_config)))
         generation_config, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
+        _refuse_saved_objects(generation_config)
         for name, value in ours.items():
             setattr(generation_config, name, value)
-        shortest = generation_config.max_new_tokens
-        if (
-            "block_length" not in given
-            and shortest
-            and (getattr(generation_config, "block_length", None) or 0) > shortest
-        ):
-            generation_config.block_length = shortest  # a recommendation of the model yields to a short request
+        if "block_length" not in given:
+            _yield_block_length(generation_config)
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
                 raise ValueError(f"`{name}` has no meaning for a diffusion decode, got {value!r}: drop it.")
         DiffusionOptions.read(generation_config)
         return generation_config, model_kwargs
+
+    def save_pretrained(self, *args, **kwargs):
+        """[`~transformers.PreTrainedModel.save_pretrained`], but for a generation config that holds objects."""
+        _refuse_saved_objects(self.generation_config)
+        return super().save_pretrained(*args, **kwargs)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
         """Hook 3 of 4: the cache is a FreeCache, or none."""
@@ -153,7 +155,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         guider = _guider(guider, options)
         prompt_length = layout.input_ids.shape[1]
         skip = prompt_length - input_ids.shape[1]  # a longer negative prompt pads the prompt
-        method = choose_parts(options, prompt_length, num_new, None if guider is None else guider.lookahead)
+        method = choose_parts(options, num_new, None if guider is None else guider.lookahead)
         compile_config = generation_config.compile_config
         denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs, compile_config)
         temperature = generation_config.temperature if generation_config.do_sample else None
@@ -163,7 +165,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
         processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip)
         # 3. The loop.
-        state = DenoisingState.start(canvas, mask_token_id, method.window_policy.history)
+        state = DenoisingState.start(canvas, mask_token_id, prompt_length, method.window_policy.history)
         ends = RowEnds(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
         stream = Stream(streamer, prompt_length, skip)
 
@@ -179,6 +181,26 @@ class FlashDLMGenerationMixin(GenerationMixin):
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
         output = ends.output(input_ids.device, skip=skip, **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
+
+
+def _refuse_saved_objects(generation_config) -> None:
+    """Refuse parts that are objects in a generation config, which is saved as JSON."""
+    for name in PARTS:
+        value = getattr(generation_config, name, None)
+        if value is not None and not isinstance(value, str):
+            raise ValueError(
+                f"`{name}` must be a string in a generation config, which is saved as JSON, got an object of "
+                f"{type(value).__name__}: pass the object to `generate`."
+            )
+
+
+def _yield_block_length(generation_config) -> None:
+    """Let the block length that a model recommends yield to a short request, and to a single block."""
+    shortest, block_length = generation_config.max_new_tokens, getattr(generation_config, "block_length", None)
+    if getattr(generation_config, "blocks", None) == "whole":
+        generation_config.block_length = None
+    elif shortest and block_length and block_length > shortest:
+        generation_config.block_length = shortest
 
 
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
@@ -347,16 +369,23 @@ def _guider(guider, options: DiffusionOptions):
     """The guider as a processor; a bare model gets the default acceptance rule."""
     if guider is None:
         return None
-    if options.steps is not None:
+    if options.is_scheduled:
         raise ValueError(
-            f"`steps` fixes how many tokens a step writes and a `guider` decides it, got steps={options.steps}: drop "
+            "`steps` and `schedule` fix how many tokens a step writes and a `guider` decides it, got "
+            f"steps={options.steps} and schedule={options.schedule!r}: drop one of them."
+        )
+    if options.blocks == "adaptive":
+        raise ValueError(
+            "`blocks='adaptive'` needs the probability of the drafts, which a `guider` replaces by its decision: drop "
             "one of them."
         )
     if isinstance(guider, PreTrainedModel):
         return ARGuider(guider)
-    if not getattr(guider, "reads_canvas", False):
+    missing = [name for name in CANVAS_PROCESSOR_MEMBERS if not hasattr(guider, name)]
+    if missing:
         raise ValueError(
-            f"`guider` must be an autoregressive model or an `ARGuider`, got {type(guider).__name__}: load it with "
+            "`guider` must be an autoregressive model, an `ARGuider` or a `CanvasProcessor`, got "
+            f"{type(guider).__name__} without `{missing[0]}`: load a model with "
             "`AutoModelForCausalLM.from_pretrained`."
         )
     return guider

@@ -1,77 +1,22 @@
-"""Methods of the field as choices of parts.
+"""The published decoding methods, each a line of settings.
 
-Owns how options name a window policy, blocks, a schedule and an unmasking rule. Knows nothing of models or tensors.
+Owns what `generate(method=...)` stands for. Knows nothing of how an option is used.
 """
 
-from .denoising_loop import Blocks, Method
-from .generation_config import DEFAULT_CONFIDENCE_THRESHOLD, DEFAULT_REFRESH_STEPS, DiffusionOptions
-from .schedule import MinimumSchedule, TimestepSchedule, UniformSchedule, split_steps
-from .unmasking import ConfidenceFactor, ConfidenceThreshold, EntropyBound, FrechetProfile
-from .windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow, WindowPolicy
-
-
-def choose_parts(options: DiffusionOptions, prompt_length: int, num_new: int, lookahead: int | None = None) -> Method:
-    """
-    The parts that the options name.
-
-    Args:
-        options ([`DiffusionOptions`]): Checked options.
-        prompt_length (`int`): Length of the prompt, padding included.
-        num_new (`int`): Length of the generated region.
-        lookahead (`int`, *optional*): How far a guider reads from the frontier on.
-
-    Returns:
-        [`Method`]: What [`denoise`] runs.
-    """
-    block_length, num_blocks = options.blocks(num_new)
-    window_policy = _window_policy(options, prompt_length, block_length)
-    synchronous = options.synchronize_blocks
-    blocks = Blocks(
-        prompt_length,
-        block_length,
-        lookahead=lookahead,
-        synchronous=window_policy.synchronous if synchronous is None else synchronous,
-    )
-    return Method(window_policy, blocks, _schedule(options, num_blocks), _rule(options))
-
-
-def _window_policy(options: DiffusionOptions, prompt_length: int, block_length: int) -> WindowPolicy:
-    if options.window_policy == "none":
-        return FullWindow(options.grow_canvas)
-    if options.window_policy == "dkv":
-        return DKVWindow(options.refresh_steps or DEFAULT_REFRESH_STEPS)
-    if options.window_policy in ("prefix", "dual"):
-        return BlockWindow(dual=options.window_policy == "dual")
-    return FreeCacheWindow(
-        prompt_length=prompt_length,
-        freeze_length=options.freeze_length or block_length,
-        freeze_lag=options.freeze_lag,
-        left_margin=options.left_margin,
-        right_window=options.right_window,
-        attend_stale=options.attend_stale,
-        growing=options.grow_canvas,
-        refresh_blocks=options.refresh_blocks,
-        refresh_entropy=options.refresh_entropy,
-    )
-
-
-def _schedule(options: DiffusionOptions, num_blocks: int):
-    if options.steps is None:
-        return MinimumSchedule()
-    steps = split_steps(options.steps, num_blocks)
-    if options.schedule == "uniform":
-        return UniformSchedule(steps)
-    return TimestepSchedule(steps, options.eps, options.run_empty_steps)
-
-
-def _rule(options: DiffusionOptions):
-    if options.steps is not None:
-        return None
-    if options.factor is not None:
-        return ConfidenceFactor(options.factor)
-    if options.frechet_delta is not None:
-        return FrechetProfile(options.frechet_delta)
-    if options.entropy_bound is not None:
-        return EntropyBound(options.entropy_bound)
-    threshold = options.confidence_threshold
-    return ConfidenceThreshold(DEFAULT_CONFIDENCE_THRESHOLD if threshold is None else threshold)
+# An option of the caller's own wins over that of the method. All of them stop at the end of the text; with
+# `stop_at_eos=False` they fill the canvas, as most of the original codes do.
+METHODS = {
+    # One token per step, unless `steps` says otherwise.
+    "llada": {"window_policy": "none", "schedule": "uniform"},
+    "dream": {"window_policy": "none", "schedule": "timesteps", "confidence": "entropy", "blocks": "whole"},
+    "dkv-cache": {"window_policy": "dkv", "schedule": "uniform"},
+    "freecache": {"window_policy": "freecache", "schedule": "uniform"},
+    # Every token that is probable enough.
+    "fast-dllm": {"window_policy": "none", "confidence_threshold": 0.9},
+    "fast-dllm-prefix": {"window_policy": "prefix", "confidence_threshold": 0.9},
+    "fast-dllm-dual": {"window_policy": "dual", "confidence_threshold": 0.9},
+    "adablock": {"window_policy": "dual", "confidence_threshold": 0.9, "blocks": "adaptive"},
+    "eb-sampler": {"window_policy": "none", "entropy_bound": 0.1},
+    # With a `guider`, what it accepts; without, every token that is probable enough.
+    "flashdlm": {"window_policy": "freecache"},
+}

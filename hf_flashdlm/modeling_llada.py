@@ -245,7 +245,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         )
 
 
-class LLaDAModelLM(LLaDAPreTrainedModel, FlashDLMGenerationMixin):
+class LLaDAModelLM(FlashDLMGenerationMixin, LLaDAPreTrainedModel):
     r"""
     The LLaDA masked diffusion language model with its output head, under its original name: it is what `AutoModel`
     loads, too. See [Large Language Diffusion Models](https://huggingface.co/papers/2502.09992).

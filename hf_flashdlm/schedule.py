@@ -4,8 +4,23 @@ Integer arithmetic on masked counts. Knows nothing of logits, ids or models.
 """
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
+
+
+class Schedule(Protocol):
+    """Says how many tokens a row writes, an argument of `generate` as `schedule=`."""
+
+    def __call__(self, row) -> tuple[int, int]:
+        r"""
+        Args:
+            row ([`Row`]): Where the row stands; `row.step` counts the steps of its block.
+
+        Returns:
+            `tuple[int, int]`: The number of tokens to write now, and the next step of the block.
+        """
+        ...
 
 
 def split_steps(steps: int, num_blocks: int) -> tuple[int, ...]:
@@ -15,10 +30,10 @@ def split_steps(steps: int, num_blocks: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class MinimumSchedule:
-    """One token per row and step at the least; the unmasking rule decides about more."""
+    """At least one token per row and step; the unmasking rule decides about more."""
 
     def __call__(self, row) -> tuple[int, int]:
-        """Tokens that the row writes at the least, and the step of its block at which it goes on."""
+        """See [`Schedule`]."""
         return 1, row.step + 1
 
 
@@ -35,7 +50,7 @@ class UniformSchedule:
     steps: tuple[int, ...]
 
     def __call__(self, row) -> tuple[int, int]:
-        """Tokens that the row writes, and the step of its block at which it goes on."""
+        """See [`Schedule`]."""
         steps = self.steps[row.block_index]
         if row.step >= steps:
             # A block has masks left here only where a narrow window hid them: they are written at once.
@@ -62,7 +77,7 @@ class TimestepSchedule:
     run_empty_steps: bool = False
 
     def __call__(self, row) -> tuple[int, int]:
-        """Tokens that the row writes, and the step of its block at which it goes on."""
+        """See [`Schedule`]."""
         begin = sum(self.steps[: row.block_index])
         last = self.steps[row.block_index] - 1
         # Past its last step a block has masks left only where a narrow window hid them: they are written at once.

@@ -5,10 +5,10 @@ models, caches, blocks or time. Drafts and confidence are tensors of shape (B, N
 scores are; what is written is chosen row by row from plain numbers.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate, takewhile
-from math import inf
+from typing import Protocol
 
 import torch
 
@@ -69,6 +69,22 @@ def margin(scores: torch.Tensor) -> torch.Tensor:
     return (first - normalizer).exp() - (second - normalizer).exp()
 
 
+class Confidence(Protocol):
+    """Says how sure a model is of its drafts, an argument of `generate` as `confidence=`."""
+
+    def __call__(self, scores: torch.Tensor, token_ids: torch.LongTensor, probability: torch.Tensor) -> torch.Tensor:
+        r"""
+        Args:
+            scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Processed logits in float32.
+            token_ids (`torch.LongTensor` of shape `(batch_size, num_positions)`): The drafts.
+            probability (`torch.Tensor` of shape `(batch_size, num_positions)`): Of each draft, at temperature 1.
+
+        Returns:
+            `torch.Tensor` of shape `(batch_size, num_positions)`: Higher is written earlier.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Drafter:
     r"""
@@ -76,8 +92,9 @@ class Drafter:
 
     Args:
         mask_token_id (`int`): Never drafted.
-        confidence (`str`): `"probability"` of the drafted token (LLaDA's low_confidence, Dream's maskgit_plus),
-            `"margin"` between the two most likely (Dream's topk_margin), `"entropy"`, negated, or `"random"`.
+        confidence (`str` or [`Confidence`]): `"probability"` of the drafted token (LLaDA's low_confidence, Dream's
+            maskgit_plus), `"margin"` between the two most likely (Dream's topk_margin), `"entropy"`, negated,
+            `"random"`, or an object.
         position_temperature (`float`): Noise on the order of the positions (Dream's alg_temp); 0 is none.
         temperature (`float`, *optional*): What the scores have been divided by: tokens are drawn from them. The
             confidence is that of temperature 1, since it would saturate at lower ones.
@@ -85,7 +102,7 @@ class Drafter:
     """
 
     mask_token_id: int
-    confidence: str = "probability"
+    confidence: str | Confidence = "probability"
     position_temperature: float = 0.0
     temperature: float | None = None
     generator: torch.Generator | None = None
@@ -99,26 +116,100 @@ class Drafter:
             confidence = measure(scores if self.temperature is None else scores * self.temperature)
         elif self.confidence == "random":
             confidence = torch.rand(probability.shape, generator=self.generator, device=scores.device)
+        elif not isinstance(self.confidence, str):
+            confidence = self._ask(scores, token_ids, probability)
         if self.position_temperature:
             confidence = confidence / self.position_temperature + gumbel(confidence, self.generator)
         if confidence is not probability:
             confidence = confidence.masked_fill(probability == -torch.inf, -torch.inf)
         return token_ids, confidence
 
+    def _ask(self, scores, token_ids, probability) -> torch.Tensor:
+        confidence = self.confidence(scores, token_ids, probability)
+        shape = getattr(confidence, "shape", None)
+        if shape != probability.shape:
+            raise ValueError(
+                f"`confidence` must return a tensor of shape {tuple(probability.shape)}, a number for each position, "
+                f"got {type(confidence).__name__ if shape is None else tuple(shape)} from "
+                f"{type(self.confidence).__name__}."
+            )
+        return confidence.to(probability.dtype)
+
+
+@dataclass
+class Drafts:
+    r"""
+    What a step has drafted for one row, in canvas positions.
+
+    Args:
+        positions (`range`): The positions that were scored, from the first masked one on.
+        token_ids (`list[int]`): The token drafted at each of them.
+        confidence (`list[float]`): Of each draft; `-inf` where a processor has refused the position.
+        candidates (`list[int]`): The positions that may be written at this step, in order.
+        quota (`int`): Number of tokens that the schedule asks for at this step.
+    """
+
+    positions: range
+    token_ids: list[int]
+    confidence: list[float]
+    candidates: list[int]
+    quota: int = 1
+
+    def token_id(self, position: int) -> int:
+        """The token drafted at a position."""
+        return self.token_ids[position - self.positions.start]
+
+    def confidence_of(self, position: int) -> float:
+        """The confidence of the draft at a position."""
+        return self.confidence[position - self.positions.start]
+
+    def ranked(self) -> list[int]:
+        """The candidates, the most confident first; among equals the lower position."""
+        return sorted(self.candidates, key=self.confidence_of, reverse=True)  # stable
+
+
+class UnmaskingRule(Protocol):
+    """Decides which drafts are written, an argument of `generate` as `unmasking_rule=`."""
+
+    def __call__(self, drafts: Drafts, row) -> Iterable[int]:
+        r"""
+        Args:
+            drafts ([`Drafts`]): What the step has drafted for the row.
+            row ([`Row`]): Where the row stands.
+
+        Returns:
+            `Iterable[int]`: Some of `drafts.candidates`. If there are none among them although the schedule asks for
+            tokens, the most confident candidate is written, so that every step makes progress.
+        """
+        ...
+
 
 @dataclass(frozen=True)
-class ConfidenceThreshold:
+class MostConfident:
+    """Write the most confident candidates, as many as the schedule says; a rule may ask for more in `count`."""
+
+    def count(self, confidence: list[float]) -> int:
+        """Number of candidates to write, from their confidence, sorted downwards; the quota is written in any case."""
+        return 0
+
+    def __call__(self, drafts: Drafts, row) -> list[int]:
+        """See [`UnmaskingRule`]."""
+        ranked = drafts.ranked()
+        return ranked[: max(self.count([drafts.confidence_of(position) for position in ranked]), drafts.quota)]
+
+
+@dataclass(frozen=True)
+class ConfidenceThreshold(MostConfident):
     """Write every candidate at least this confident (Fast-dLLM, https://arxiv.org/abs/2505.22618, algorithm 1)."""
 
     threshold: float
 
-    def __call__(self, confidence: list[float]) -> int:
-        """Number of candidates to write, from their confidence, sorted downwards."""
+    def count(self, confidence: list[float]) -> int:
         return sum(one >= self.threshold for one in confidence)
 
 
 @dataclass(frozen=True)
-class ConfidenceFactor:
+class ConfidenceFactor(MostConfident):
     r"""
     Write the n most confident, for the largest n with (i + 1) (1 - c_i) <= `factor` for all i from 2 to n (Fast-dLLM,
     https://arxiv.org/abs/2505.22618, section 3.3).
@@ -126,14 +217,13 @@ class ConfidenceFactor:
 
     factor: float
 
-    def __call__(self, confidence: list[float]) -> int:
-        """Number of candidates to write, from their confidence, sorted downwards."""
+    def count(self, confidence: list[float]) -> int:
         fits = (one >= 1 - self.factor / (rank + 1) for rank, one in enumerate(confidence[1:], 2))
         return 1 + sum(takewhile(bool, fits))
 
 
 @dataclass(frozen=True)
-class FrechetProfile:
+class FrechetProfile(MostConfident):
     r"""
     Write the n most confident, for the largest n with c_1 + ... + c_n - (n - 1) - (1 - c_n) > `delta`: a Frechet bound
     on the probability that all n are right (Fast-dLLM++, https://arxiv.org/abs/2606.02955).
@@ -141,14 +231,13 @@ class FrechetProfile:
 
     delta: float
 
-    def __call__(self, confidence: list[float]) -> int:
-        """Number of candidates to write, from their confidence, sorted downwards."""
+    def count(self, confidence: list[float]) -> int:
         sums = enumerate(zip(accumulate(confidence), confidence, strict=True))
         return sum(takewhile(bool, (total - others - (1 - last) > self.delta for others, (total, last) in sums)))
 
 
 @dataclass(frozen=True)
-class EntropyBound:
+class EntropyBound(MostConfident):
     r"""
     Write the n positions of least entropy, for the largest n whose summed entropy, the largest left out, is at most
     `bound` nats (EB-Sampler, https://arxiv.org/abs/2505.24857; transformers' `EntropyBoundSampler`). The confidence is
@@ -157,33 +246,5 @@ class EntropyBound:
 
     bound: float
 
-    def __call__(self, confidence: list[float]) -> int:
-        """Number of candidates to write, from their confidence, sorted downwards."""
+    def count(self, confidence: list[float]) -> int:
         return sum(last - total <= self.bound for total, last in zip(accumulate(confidence), confidence, strict=True))
-
-
-def select(
-    confidence: list[float],
-    candidate: Sequence[int],
-    quota: int,
-    rule: Callable[[list[float]], int] | None = None,
-) -> list[int]:
-    r"""
-    The candidates of a row to write: the most confident, as many as the rule says and at least the quota.
-
-    Args:
-        confidence (`list[float]`): Of each position. Higher is written earlier; among equals the lower position is.
-            `-inf` is never written.
-        candidate (`Sequence[int]`): For each position whether it may be written.
-        quota (`int`): Tokens to write at the least, where there are as many.
-        rule (`Callable`, *optional*): Maps the confidence of the candidates, sorted downwards, to the number of tokens
-            to write; by default the quota alone counts.
-
-    Returns:
-        `list[int]`: Their places in `confidence`, in order.
-    """
-    ranked = [place for place, may in enumerate(candidate) if may and confidence[place] > -inf]
-    ranked.sort(key=confidence.__getitem__, reverse=True)  # stable
-    if rule is not None and ranked:
-        quota = max(rule([confidence[place] for place in ranked]), quota)
-    return sorted(ranked[:quota])

@@ -33,13 +33,29 @@ class Window:
 
 
 class WindowPolicy(Protocol):
-    """A window policy reads a [`Row`] and returns the [`Window`] of its next forward."""
+    r"""
+    Says which positions a forward recomputes, an argument of `generate` as `window_policy=`. The first window of a row
+    must begin at position 0. A class that inherits from this protocol gets its defaults.
 
-    history: int  # number of earlier forwards whose frontier the policy looks at
-    synchronous: bool  # whether the rows of a batch enter a block together, so that their refreshes coincide
-    needs_entropy: bool  # whether it reads `written_entropy`, which is only measured then
+    Attributes:
+        history (`int`): Number of earlier forwards whose frontier the policy reads, in `row.frontiers[1:]`.
+        synchronous (`bool`): Whether the rows of a batch enter a block together, so that their refreshes coincide.
+        needs_entropy (`bool`): Whether it reads `row.written_entropy`, which is only measured then.
+    """
 
-    def __call__(self, row) -> Window: ...
+    history: int = 0
+    synchronous: bool = False
+    needs_entropy: bool = False
+
+    def __call__(self, row) -> Window:
+        r"""
+        Args:
+            row ([`Row`]): Where the row stands.
+
+        Returns:
+            [`Window`]: What its next forward computes, with 0 <= frozen <= lo <= `row.frontier` < hi <= attended.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +106,6 @@ class FreeCacheWindow:
     prompt and the finished blocks are frozen and the rest is recomputed.
 
     Args:
-        prompt_length (`int`): End of the prompt, where the blocks begin.
         freeze_length (`int`): Finished text is frozen in pieces of this many tokens.
         freeze_lag (`int`): A piece is frozen once this many forwards have seen it finished. With 0, as in the
             paper's code, the states frozen for the tokens written last are still those of mask tokens.
@@ -104,7 +119,6 @@ class FreeCacheWindow:
             distribution had more entropy than this, in nats.
     """
 
-    prompt_length: int
     freeze_length: int
     freeze_lag: int = 1
     left_margin: int = 0
@@ -126,8 +140,8 @@ class FreeCacheWindow:
     def __call__(self, row) -> Window:
         refresh = self._refresh(row)
         length = row.block_stop if self.growing else len(row.tokens)
-        pieces = (row.frontiers[self.freeze_lag] - self.prompt_length) // self.freeze_length
-        frozen = self.prompt_length + pieces * self.freeze_length - self.left_margin
+        pieces = (row.frontiers[self.freeze_lag] - row.prompt_length) // self.freeze_length
+        frozen = row.prompt_length + pieces * self.freeze_length - self.left_margin
         # A row that waits at the end of a growing canvas is fed its last position.
         lo = 0 if refresh else max(min(frozen, length - 1), 0)
         # Of a block that a growing canvas has just reached there are no stale states yet.
@@ -149,27 +163,20 @@ class DKVWindow:
     masked when the previous step began, so a token's states are kept from one step after it was written on.
 
     Args:
-        refresh_steps (`int`): Every so many steps of a block everything is recomputed, at its first step in any case.
-        first_steps (`int`): As are the first steps of a block, this many.
-        frozen_prompt (`int`): The states of the first so many positions are computed once (variant "pd").
-        include_scored (`bool`): Recompute the masked positions and not only those that score them, which differ for
-            models with shifted logits (variant "un_right").
+        refresh_steps (`int`):
+            Every this many steps of a block everything is recomputed, at its first step in any case.
     """
 
     refresh_steps: int
-    first_steps: int = 1
-    frozen_prompt: int = 0
-    include_scored: bool = False
     history: int = 0
     synchronous: bool = True
     needs_entropy: bool = False
 
     def __call__(self, row) -> Window:
-        frozen, length = self.frozen_prompt if row.nfe else 0, len(row.tokens)
-        scored = None
-        if row.block_nfe % self.refresh_steps and row.block_nfe >= self.first_steps:
+        length, scored = len(row.tokens), None
+        if row.block_nfe % self.refresh_steps:
             scored = row.masked.copy()
             for position in row.written:
                 scored[position] = True
         # A canvas without decoded tokens is recomputed to its end, whatever the shift.
-        return Window(frozen, length, length, frozen, scored, self.include_scored or row.nfe == 1)
+        return Window(0, length, length, 0, scored, include_scored=row.nfe == 1)

@@ -118,10 +118,10 @@ def spell():
 
 @pytest.fixture(scope="session")
 def start(spell):
-    """`start("ab__", history=0, nfe=[1])`: the state before the first step of a spelled canvas, with fields set."""
+    """`start("ab__", prompt_length=1, nfe=[1])`: the state before the first step of a spelled canvas, fields set."""
 
-    def start(*texts, history=0, **fields):
-        state = DenoisingState.start(spell(*texts), ord("_"), history)
+    def start(*texts, prompt_length=0, history=0, **fields):
+        state = DenoisingState.start(spell(*texts), ord("_"), prompt_length, history)
         for name, values in fields.items():
             for row, value in zip(state.rows, values, strict=True):
                 setattr(row, name, value)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from hf_flashdlm.denoising_loop import Blocks, DenoisingState, Method, denoise
+from hf_flashdlm.blocks import Blocks, FixedBlocks
+from hf_flashdlm.denoising_loop import DenoisingState, Method, denoise
 from hf_flashdlm.schedule import MinimumSchedule, UniformSchedule
 from hf_flashdlm.unmasking import ConfidenceThreshold, Drafter
 from hf_flashdlm.windows import BlockWindow, FreeCacheWindow, FullWindow
@@ -61,10 +62,10 @@ def read(tokens):
 def decode(start):
     """Texts after each step, one list per row of the batch, and where each row stands in the end."""
 
-    def decode(*texts, words, order, window=None, blocks=None, processors=None, **parts):
+    def decode(*texts, words, order, prompt_length=0, window=None, blocks=None, processors=None, **parts):
         window = window or FullWindow()
-        blocks = blocks or Blocks(0, 16)
-        state = start(*texts, history=window.history)
+        blocks = blocks or Blocks(FixedBlocks(16))
+        state = start(*texts, prompt_length=prompt_length, history=window.history)
         steps, last = [[] for _ in texts], list(state.rows)
 
         def after_step(state):
@@ -107,31 +108,45 @@ def test_rule_and_schedule_say_how_many_are_written(decode, parts, expected):
 
 
 def test_blocks_are_written_from_left_to_right(decode):
-    steps, last = decode("p____", words=["pword"], order=["95689"], blocks=Blocks(1, 2))
+    steps, last = decode("p____", words=["pword"], order=["95689"], prompt_length=1, blocks=Blocks(FixedBlocks(2)))
     assert steps == [["p_o__", "pwo__", "pwo_d", "pword"]]
     assert [positions for _, positions, _ in decode.calls] == [[[1, 2]]] * 2 + [[[3, 4]]] * 2
     assert last[0].block_index == 1 and last[0].block_nfe == 2
 
 
 def test_the_last_block_is_cut_by_the_end_of_the_canvas(decode):
-    steps, _ = decode("p____", words=["pword"], order=["91119"], blocks=Blocks(1, 3), rule=ConfidenceThreshold(0.05))
+    steps, _ = decode(
+        "p____",
+        words=["pword"],
+        order=["91119"],
+        prompt_length=1,
+        blocks=Blocks(FixedBlocks(3)),
+        rule=ConfidenceThreshold(0.05),
+    )
     assert steps == [["pwor_", "pword"]]
 
 
 def test_masks_in_the_prompt_belong_to_the_first_block(decode):
-    steps, _ = decode("_p___", words=["apple"], order=["58888"], blocks=Blocks(2, 2), rule=ConfidenceThreshold(0.5))
+    steps, _ = decode(
+        "_p___",
+        words=["apple"],
+        order=["58888"],
+        prompt_length=2,
+        blocks=Blocks(FixedBlocks(2)),
+        rule=ConfidenceThreshold(0.5),
+    )
     assert steps == [["appl_", "apple"]]
 
 
 def test_each_block_is_divided_over_its_own_steps(decode):
     schedule = UniformSchedule((2, 1))
-    steps, _ = decode("____", words=["word"], order=["5678"], blocks=Blocks(0, 2), schedule=schedule)
+    steps, _ = decode("____", words=["word"], order=["5678"], blocks=Blocks(FixedBlocks(2)), schedule=schedule)
     assert steps == [["_o__", "wo__", "word"]]
 
 
 def test_a_lookahead_writes_across_blocks_from_the_frontier_on(decode):
-    blocks = Blocks(1, 2, lookahead=3)
-    steps, _ = decode("p____", words=["pword"], order=["95789"], blocks=blocks)
+    blocks = Blocks(FixedBlocks(2), lookahead=3)
+    steps, _ = decode("p____", words=["pword"], order=["95789"], prompt_length=1, blocks=blocks)
     assert steps == [["p__r_", "p_or_", "pwor_", "pword"]]
     assert [positions for _, positions, _ in decode.calls] == [[[1, 2, 3]], [[1, 2, 3]], [[1, 2, 3]], [[4]]]
 
@@ -155,25 +170,34 @@ def test_the_last_rows_take_the_places_of_those_that_leave(decode):
 
 def test_rows_of_a_batch_are_decoded_as_alone(decode):
     texts, words, order = ["p____", "pq___", "____s"], ["pword", "pqrst", "tests"], ["96849", "99123", "54329"]
-    together, last = decode(*texts, words=words, order=order, blocks=Blocks(1, 2), rule=ConfidenceThreshold(0.6))
+    together, last = decode(
+        *texts, words=words, order=order, prompt_length=1, blocks=Blocks(FixedBlocks(2)), rule=ConfidenceThreshold(0.6)
+    )
     for row, (text, word, digits) in enumerate(zip(texts, words, order, strict=True)):
         alone, its_last = decode(
-            text, words=[word], order=[digits], blocks=Blocks(1, 2), rule=ConfidenceThreshold(0.6)
+            text,
+            words=[word],
+            order=[digits],
+            prompt_length=1,
+            blocks=Blocks(FixedBlocks(2)),
+            rule=ConfidenceThreshold(0.6),
         )
         assert together[row] == alone[0] and last[row].nfe == its_last[0].nfe
 
 
 @pytest.mark.parametrize(("synchronous", "expected"), [(False, ["ab_", "abc"]), (True, ["ab_", "ab_", "abc"])])
 def test_rows_of_synchronous_blocks_wait_for_each_other(decode, synchronous, expected):
-    blocks = Blocks(0, 2, synchronous=synchronous)
+    blocks = Blocks(FixedBlocks(2), synchronous=synchronous)
     steps, last = decode("a__", "___", words=["abc", "def"], order=["999", "999"], blocks=blocks)
     assert steps == [expected, ["d__", "de_", "def"]]
     assert [last[row].nfe for row in (0, 1)] == [len(expected), 3], "a row that waits counts its forwards"
 
 
-@pytest.mark.parametrize("window", [FullWindow(True), BlockWindow(False), BlockWindow(True), FreeCacheWindow(1, 2, 0)])
+@pytest.mark.parametrize("window", [FullWindow(True), BlockWindow(False), BlockWindow(True), FreeCacheWindow(2, 0)])
 def test_the_window_policy_decides_the_cost_and_not_the_word(decode, window):
-    steps, last = decode("p____", words=["pword"], order=["95689"], blocks=Blocks(1, 2), window=window)
+    steps, last = decode(
+        "p____", words=["pword"], order=["95689"], prompt_length=1, blocks=Blocks(FixedBlocks(2)), window=window
+    )
     assert steps == [["p_o__", "pwo__", "pwo_d", "pword"]]
     # Two steps in each block, and their windows by the table.
     active = {
@@ -184,20 +208,24 @@ def test_the_window_policy_decides_the_cost_and_not_the_word(decode, window):
 
 
 def test_a_narrow_window_hides_candidates(decode):
-    window = FreeCacheWindow(1, 4, right_window=2)
-    steps, _ = decode("p____", words=["pword"], order=["91239"], window=window, blocks=Blocks(1, 4))
+    window = FreeCacheWindow(4, right_window=2)
+    steps, _ = decode(
+        "p____", words=["pword"], order=["91239"], window=window, prompt_length=1, blocks=Blocks(FixedBlocks(4))
+    )
     assert steps == [["p___d", "p_o_d", "pwo_d", "pword"]], "the first forward sees all, the later ones two positions"
 
 
 def test_the_state_carries_what_the_last_forwards_saw(decode):
-    _, last = decode("p____", words=["pword"], order=["99111"], window=FreeCacheWindow(1, 4, freeze_lag=2))
+    _, last = decode(
+        "p____", words=["pword"], order=["99111"], prompt_length=1, window=FreeCacheWindow(4, freeze_lag=2)
+    )
     assert last[0].frontiers == [5, 4, 3] and last[0].written == [4]
 
 
 def test_only_the_entropy_of_what_was_written_is_kept(decode):
-    window = FreeCacheWindow(1, 4, refresh_entropy=0.5)
-    _, sure = decode("p_", words=["pw"], order=["99"], window=window)
-    _, unsure = decode("p_", words=["pw"], order=["92"], window=window)
+    window = FreeCacheWindow(4, refresh_entropy=0.5)
+    _, sure = decode("p_", words=["pw"], order=["99"], prompt_length=1, window=window)
+    _, unsure = decode("p_", words=["pw"], order=["92"], prompt_length=1, window=window)
     _, unmeasured = decode("p_", words=["pw"], order=["92"])
     p = torch.tensor([0.2] + [0.8 / (VOCAB - 1)] * (VOCAB - 1))
     assert unsure[0].written_entropy == pytest.approx(float(-(p * p.log()).sum()), rel=1e-4)
@@ -228,14 +256,14 @@ def test_the_canvas_it_is_given_is_left_alone():
     canvas = torch.tensor([[ord(letter) for letter in text] for text in ("p____", "p____")])
     before = canvas.clone()
     speller = Speller("pword", "ptest", order=["95689", "95689"])
-    method = Method(FullWindow(), Blocks(1, 2), MinimumSchedule(), ConfidenceThreshold(0.75))
-    denoise(DenoisingState.start(canvas, MASK, 0), speller, method, Unprocessed(), Drafter(MASK), filled)
+    method = Method(FullWindow(), Blocks(FixedBlocks(2)), MinimumSchedule(), ConfidenceThreshold(0.75))
+    denoise(DenoisingState.start(canvas, MASK, 1, 0), speller, method, Unprocessed(), Drafter(MASK), filled)
     assert torch.equal(canvas, before)
 
 
 def test_two_decodes_of_the_same_parts_are_independent(start):
     runs = []
-    method = Method(FreeCacheWindow(1, 2), Blocks(1, 2), UniformSchedule((2, 1)))
+    method = Method(FreeCacheWindow(2), Blocks(FixedBlocks(2)), UniformSchedule((2, 1)))
     for _ in range(2):
         seen = []
 
@@ -245,7 +273,7 @@ def test_two_decodes_of_the_same_parts_are_independent(start):
             return filled(state)
 
         speller = Speller("pword", order=["95689"])
-        denoise(start("p____", history=1), speller, method, Unprocessed(), Drafter(MASK), after_step)
+        denoise(start("p____", prompt_length=1, history=1), speller, method, Unprocessed(), Drafter(MASK), after_step)
         runs.append(seen)
     assert runs[0] == runs[1] and [nfe for _, nfe, _, _ in runs[0]] == [1, 2, 3]
 

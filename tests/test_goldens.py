@@ -1,25 +1,22 @@
 """Outputs of the original implementations on tiny models, reproduced by settings (see tests/goldens/README.md).
 
 Every case is compared in ids and in the query length of every forward, unless the original is wrong: the table of
-differences in the README says where and how. Where an original has a habit that is not an option of ours, the test
-swaps the part that has it.
+differences says where and how. Where an original has a habit that is not an option of ours, the test brings the part
+that has it.
 """
 
 import json
 from dataclasses import dataclass, replace
+from math import inf
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
 
-import hf_flashdlm.denoising_loop
-import hf_flashdlm.generation_mixin
-from hf_flashdlm import ARGuider
-from hf_flashdlm.denoising_loop import Blocks
-from hf_flashdlm.schedule import TimestepSchedule
-from hf_flashdlm.unmasking import ConfidenceFactor
-from hf_flashdlm.windows import DKVWindow, Window
+from hf_flashdlm import AdaptiveBlocks, ARGuider, DKVWindow, MostConfident, Window
+from hf_flashdlm.schedule import UniformSchedule
+from hf_flashdlm.unmasking import ConfidenceFactor, ConfidenceThreshold
 
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -54,15 +51,12 @@ class Run:
 
 
 @pytest.fixture
-def decode(load, monkeypatch):
-    """Run a case with our options; `change` swaps parts of the method that no option names."""
+def decode(load):
+    """Run a case with our options, parts among them."""
 
-    def decode(case, change=None, **options):
+    def decode(case, **options):
         model, forwards = load(case["model"]), []
         mask = case.get("attention_mask")
-        if change is not None:
-            choose = hf_flashdlm.generation_mixin.choose_parts
-            monkeypatch.setattr(hf_flashdlm.generation_mixin, "choose_parts", lambda *args: change(choose(*args)))
         hook = model.register_forward_pre_hook(
             lambda module, args, kwargs: forwards.append(list(kwargs["input_ids"].shape)), with_kwargs=True
         )
@@ -98,8 +92,6 @@ def llada_options(settings, **options):
 def rule_options(settings):
     if settings.get("threshold") is not None:
         return {"confidence_threshold": settings["threshold"]}
-    if settings.get("factor") is not None:
-        return {"factor": settings["factor"]}
     return {"steps": settings["steps"]}
 
 
@@ -108,20 +100,20 @@ TIES = ("llada-cfg-2", "model_dream-topp", "model_dream-topp-topk")
 
 
 @parametrize("llada_official", "dream_official", keep=lambda case: case["id"] in TIES)
-def test_we_differ_from_the_originals_in_ties_only(decode, monkeypatch, case):
+def test_we_differ_from_the_originals_in_ties_only(decode, case):
     calls = []
 
-    def select(confidence, candidate, quota, rule=None):
-        chosen = hf_flashdlm.unmasking.select(confidence, candidate, quota, rule)
-        calls.append((torch.tensor(confidence), chosen))
+    def rule(drafts, row):
+        chosen = MostConfident()(drafts, row)
+        calls.append((torch.tensor(drafts.confidence), [place - drafts.positions.start for place in chosen]))
         return chosen
 
-    monkeypatch.setattr(hf_flashdlm.denoising_loop, "select", select)
     settings = case["settings"]
     if "alg" in settings:
-        run = decode(case, **dream_options(settings, window_policy="none"))
+        options = dream_options(settings)
     else:
-        run = decode(case, **llada_options(settings, steps=settings["steps"], window_policy="none"))
+        options = llada_options(settings, steps=settings["steps"])
+    run = decode(case, **options, window_policy="none", unmasking_rule=rule)
     assert run.forwards == case["forwards"]
     masked = set(range(len(case["prompt_ids"][0]), len(case["output_ids"][0])))
     for (confidence, chosen), commits in zip(calls, case["commits"], strict=True):
@@ -143,12 +135,11 @@ def test_llada_official(decode, case):
     assert_equal(run, case, needed if case["id"].endswith("surplus-steps") else None)
 
 
-@dataclass(frozen=True)
 class FastDLLMFactor(ConfidenceFactor):
     """The original's slip: if only the last candidate fails its bar, it is written as well."""
 
-    def __call__(self, confidence):
-        count = super().__call__(confidence)
+    def count(self, confidence):
+        count = super().count(confidence)
         return count + (count == len(confidence) - 1)
 
 
@@ -157,10 +148,10 @@ def test_fastdllm_llada(decode, case):
     policy = {"generate": "none", "generate_with_prefix_cache": "prefix", "generate_with_dual_cache": "dual"}
     settings = case["settings"]
     factor = settings.get("factor")
+    rule = rule_options(settings) if factor is None else {"unmasking_rule": FastDLLMFactor(factor)}
     run = decode(
         case,
-        change=None if factor is None else lambda method: replace(method, rule=FastDLLMFactor(factor)),
-        **llada_options(settings, **rule_options(settings)),
+        **llada_options(settings, **rule),
         window_policy=policy[case["function"]],
         synchronize_blocks=True,
     )
@@ -239,27 +230,26 @@ def is_fastdllm_block(case):
     return case["function"].endswith("_block)") and "quirk" not in case["id"]
 
 
-@dataclass(frozen=True)
-class FirstTokenBlocks(Blocks):
+class FirstToken:
     """Fast-dLLM's way around Dream's shift: the refresh of a block writes the block's first position only."""
 
-    def candidates(self, rows, ends):
-        positions, candidate = super().candidates(rows, ends)
-        (row,), (where,), (may,) = rows, positions, candidate
-        if row.block_nfe == 0:
-            may = [one and position == row.block_start for position, one in zip(where, may, strict=True)]
-        return positions, [may]
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __call__(self, drafts, row):
+        return [row.block_start] if row.block_nfe == 0 else self.rule(drafts, row)
 
 
-@dataclass(frozen=True)
-class BlockTimesteps(TimestepSchedule):
+class BlockTimesteps:
     """Fast-dLLM's timesteps run over each block for itself; step 0 is the refresh."""
 
+    def __init__(self, steps, eps):
+        self.steps, self.timesteps = steps, torch.linspace(1, eps, steps + 1)
+
     def __call__(self, row):
-        steps, masked = self.steps[0], row.masked.count(True, 0, row.block_stop)
-        timesteps = torch.linspace(1, self.eps, steps + 1)
-        share = 1 - timesteps[row.step + 1] / timesteps[row.step]
-        quota = masked if row.step == steps - 1 else int(masked * share)
+        masked = row.masked.count(True, 0, row.block_stop)
+        share = 1 - self.timesteps[row.step + 1] / self.timesteps[row.step]
+        quota = masked if row.step == self.steps - 1 else int(masked * share)
         return (quota if row.step else 1), row.step + 1
 
 
@@ -267,19 +257,17 @@ class BlockTimesteps(TimestepSchedule):
 def test_fastdllm_dream_blocks(decode, case):
     settings = case["settings"]
     if settings["alg"] == "confidence_threshold":
-        options = {"confidence_threshold": settings["threshold"]}
+        options = {"unmasking_rule": FirstToken(ConfidenceThreshold(settings["threshold"]))}
     else:
-        options = dream_options(settings)
-
-    def change(method):
-        method = replace(method, blocks=FirstTokenBlocks(**vars(method.blocks)))
-        if isinstance(method.schedule, TimestepSchedule):
-            return replace(method, schedule=BlockTimesteps(**vars(method.schedule)))
-        return method
-
+        num_blocks = settings["max_new_tokens"] // settings["block_length"]
+        options = {
+            name: value for name, value in dream_options(settings).items() if name not in ("steps", "run_empty_steps")
+        }
+        options["schedule"] = BlockTimesteps(settings["steps"] // num_blocks, options["eps"])
+        options["unmasking_rule"] = FirstToken(MostConfident())
     options |= {"max_new_tokens": settings["max_new_tokens"], "block_length": settings["block_length"]}
     policy = "dual" if settings["dual_cache"] else "prefix"
-    assert_equal(decode(case, change, window_policy=policy, **options), case)
+    assert_equal(decode(case, window_policy=policy, **options), case)
 
 
 class BudgetedThreshold:
@@ -289,12 +277,13 @@ class BudgetedThreshold:
         self.share, self.steps = settings["max_new_tokens"] // settings["steps"], settings["steps"]
         self.threshold, self.step, self.written = settings["threshold"], 0, 0
 
-    def __call__(self, confidence):
+    def __call__(self, drafts, row):
         self.step += 1
         budget = self.share * self.step - self.written
-        count = min(max(sum(one >= self.threshold for one in confidence), 1), max(budget, 1))
+        sure = sum(drafts.confidence_of(position) >= self.threshold for position in drafts.candidates)
+        count = min(max(sure, 1), max(budget, 1))
         self.written += count
-        return count
+        return drafts.ranked()[:count]
 
 
 @parametrize("fastdllm_dream", keep=lambda case: case["function"].endswith("(generation_utils)"))
@@ -302,42 +291,52 @@ def test_fastdllm_dream_without_cache(decode, case):
     settings = case["settings"]
     run = decode(
         case,
-        change=lambda method: replace(method, rule=BudgetedThreshold(settings)),
         max_new_tokens=settings["max_new_tokens"],
-        block_length=settings["max_new_tokens"],
-        confidence_threshold=settings["threshold"],
+        blocks="whole",
+        unmasking_rule=BudgetedThreshold(settings),
         window_policy="none",
     )
     assert_equal(run, case)
 
 
+class TwoRefreshes(DKVWindow):
+    """The original on LLaDA: a block's second step recomputes everything as well."""
+
+    def __call__(self, row):
+        window = super().__call__(row)
+        return replace(window, scored=None) if row.block_nfe == 1 else window
+
+
 @parametrize("dkv_llada_decode")
 def test_dkv_llada(decode, case):
     settings = case["settings"]
+    options = llada_options(settings, steps=settings["steps"])
+    assert_equal(decode(case, window_policy=TwoRefreshes(settings["cache_reloading_step"]), **options), case)
 
-    def change(method):
-        return replace(method, window_policy=replace(method.window_policy, first_steps=2))
 
-    options = llada_options(settings, steps=settings["steps"], refresh_steps=settings["cache_reloading_step"])
-    assert_equal(decode(case, change, window_policy="dkv", **options), case)
+class DreamDKVWindow(DKVWindow):
+    """The original's variants on Dream: the prompt's states are kept ("pd"), masks are fed as well ("un_right")."""
+
+    def __init__(self, settings, prompt_length):
+        super().__init__(settings["cache_steps"])
+        object.__setattr__(self, "frozen", prompt_length - 1 if settings["cache_type"] == "pd" else 0)
+        object.__setattr__(self, "include_scored", settings["shift_type"] == "un_right")
+
+    def __call__(self, row):
+        window, frozen = super().__call__(row), self.frozen if row.nfe else 0
+        include = window.include_scored or self.include_scored
+        return replace(window, lo=frozen, frozen=frozen, include_scored=include)
 
 
 @parametrize("dkv_dream_base", "dkv_dream_pd", keep=lambda case: case["settings"]["shift_type"] != "right")
 def test_dkv_dream(decode, case):
-    settings, change = case["settings"], None
-    options = dream_options(settings, window_policy="none")
+    settings = case["settings"]
+    policy = {"window_policy": "none"}
     if settings["use_cache"] and settings["cache_type"] == "prefill":
-        options |= {"window_policy": "freecache", "freeze_length": settings["max_new_tokens"], "left_margin": 1}
+        policy = {"window_policy": "freecache", "freeze_length": settings["max_new_tokens"], "left_margin": 1}
     elif settings["use_cache"]:
-        frozen = len(case["prompt_ids"][0]) - 1 if settings["cache_type"] == "pd" else 0
-        too = settings["shift_type"] == "un_right"
-        options |= {"window_policy": "dkv"}
-
-        def change(method):
-            policy = DKVWindow(settings["cache_steps"], frozen_prompt=frozen, include_scored=too)
-            return replace(method, window_policy=policy)
-
-    assert_equal(decode(case, change, **options), case)
+        policy = {"window_policy": DreamDKVWindow(settings, len(case["prompt_ids"][0]))}
+    assert_equal(decode(case, **dream_options(settings), **policy), case)
 
 
 def guided_options(settings):
@@ -388,14 +387,18 @@ class GreedyOrder:
 
     history, synchronous, needs_entropy = 0, True, False
 
-    def __init__(self, orders, settings, schedule):
-        self.orders, self.settings, self.schedule = orders, settings, schedule
+    def __init__(self, orders, settings):
+        self.orders, self.settings = orders, settings
+        num_blocks = settings["gen_length"] // settings["block_length"]
+        self.schedule = UniformSchedule((settings["steps"] // num_blocks,) * num_blocks)
+
+    def next_in_order(self, row):
+        left = [position for position in self.orders[row.block_index] if row.masked[position]]
+        return left[: self.schedule(row)[0]]
 
     def __call__(self, row):
         """As a window policy: the positions of this step, of the last one, and masked neighbours of the former."""
-        self.row, order, length = row, self.orders[row.block_index], len(row.masked)
-        written = [position for position in order if not row.masked[position]]
-        now = order[len(written) : len(written) + self.schedule(row)[0]]
+        now, length = self.next_in_order(row), len(row.masked)
         scored = bytearray(position in now or position in row.written for position in range(length))
         for position in now:
             for neighbour in self.neighbours(position, row.masked, scored):
@@ -413,26 +416,40 @@ class GreedyOrder:
             distance += 1
         return found
 
-    def draft(self, scores):
-        """As a drafter: the confidence is the place in the order."""
-        token_ids, _ = hf_flashdlm.unmasking.draft(scores, self.settings["mask_id"])
-        positions = range(self.row.frontier, self.row.frontier + scores.shape[1])
-        order = self.orders[self.row.block_index]
-        places = [-order.index(position) if position in order else -torch.inf for position in positions]
-        return token_ids, torch.tensor([places], dtype=torch.float)
+    def rule(self, drafts, row):
+        """As an unmasking rule: what the window was made for."""
+        return self.next_in_order(replace(row, step=row.step - 1))  # the schedule has already moved on
 
 
 @parametrize("dkv_llada_greedy")
-def test_dkv_llada_greedy(decode, monkeypatch, case):
-    settings, parts = case["settings"], []
+def test_dkv_llada_greedy(decode, case):
+    order = GreedyOrder(case["denoising_order_per_block"], case["settings"])
+    options = llada_options(case["settings"], steps=case["settings"]["steps"])
+    assert_equal(decode(case, window_policy=order, unmasking_rule=order.rule, **options), case)
 
-    def change(method):
-        parts.append(GreedyOrder(case["denoising_order_per_block"], settings, method.schedule))
-        return replace(method, window_policy=parts[0])
 
-    monkeypatch.setattr(hf_flashdlm.generation_mixin, "Drafter", lambda *args: lambda scores: parts[0].draft(scores))
-    options = llada_options(settings, steps=settings["steps"], window_policy="dkv")
-    assert_equal(decode(case, change, **options), case)
+def adablock_options(settings):
+    length = settings.get("gen_length", settings.get("max_new_tokens"))
+    ids, threshold = settings.get("delimiter_ids", DREAM_DELIMITERS), settings["delimiter_threshold"]
+    blocks = AdaptiveBlocks(
+        settings.get("init_block_length", settings.get("block_length")),
+        frozenset(ids),
+        inf if threshold is None else threshold,
+        int(length * 0.25),
+    )
+    return dict(max_new_tokens=length, blocks=blocks, confidence_threshold=settings["threshold"])
+
+
+# Those of the original's list that the tiny vocabularies have.
+DREAM_DELIMITERS = (198, 271, 280, 319, 340, 382, 401)
+
+
+@parametrize("adablock")
+def test_adablock(decode, case):
+    options = adablock_options(case["settings"]) | {"window_policy": case["cache"]}
+    if case["model"].startswith("model_dream") and case["cache"] == "dual":
+        options["unmasking_rule"] = FirstToken(ConfidenceThreshold(options.pop("confidence_threshold")))
+    assert_equal(decode(case, **options), case)
 
 
 @parametrize("llada_loglikelihood")

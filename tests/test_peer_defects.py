@@ -33,8 +33,8 @@ def test_d3_few_steps_leave_no_masks_with_a_cache(tiny, decode, policy, rule):
 
 
 def test_d4_the_factor_rule_does_not_write_the_candidate_that_fails():
-    assert ConfidenceFactor(0.6)([0.99, 0.95, 0.02]) == 2
-    assert ConfidenceFactor(0.6)([0.99, 0.02, 0.01]) == 1
+    assert ConfidenceFactor(0.6).count([0.99, 0.95, 0.02]) == 2
+    assert ConfidenceFactor(0.6).count([0.99, 0.02, 0.01]) == 1
 
 
 @pytest.mark.parametrize("policy", ["prefix", "dual"])

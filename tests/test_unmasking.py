@@ -11,12 +11,13 @@ from hf_flashdlm.unmasking import (
     ConfidenceFactor,
     ConfidenceThreshold,
     Drafter,
+    Drafts,
     EntropyBound,
     FrechetProfile,
+    MostConfident,
     draft,
     margin,
     negative_entropy,
-    select,
 )
 
 
@@ -178,7 +179,7 @@ def test_noise_on_the_positions_grows_with_its_temperature():
     ],
 )
 def test_a_rule_by_hand(rule, confidence, count):
-    assert rule(confidence) == count
+    assert rule.count(confidence) == count
 
 
 def factor_count(confidence, factor):
@@ -219,10 +220,17 @@ def entropy_count(confidence, bound):
 def test_a_rule_equals_its_definition(rule, count, sign, numbers, bound):
     """In sixty-fourths, which are exact."""
     confidence = sorted((sign * number / 64 for number in numbers), reverse=True)
-    assert rule(bound / 64)(confidence) == count(confidence, bound / 64)
+    assert rule(bound / 64).count(confidence) == count(confidence, bound / 64)
 
 
 # Selection
+
+
+def select(confidence, candidate, quota, rule=MostConfident()):  # noqa: B008
+    """The places that a rule chooses."""
+    candidates = [place for place, may in enumerate(candidate) if may and confidence[place] > -inf]
+    drafts = Drafts(range(len(confidence)), [0] * len(confidence), confidence, candidates, quota)
+    return sorted(rule(drafts, row=None))
 
 
 @pytest.mark.parametrize(
@@ -241,7 +249,7 @@ def test_the_most_confident_candidates_are_written(confidence, candidate, quota,
     assert select(confidence, candidate, quota) == expected
 
 
-@pytest.mark.parametrize("rule", [None, ConfidenceThreshold(0.5), ConfidenceFactor(1.0)])
+@pytest.mark.parametrize("rule", [MostConfident(), ConfidenceThreshold(0.5), ConfidenceFactor(1.0)])
 def test_a_refused_candidate_is_not_written_whatever_the_quota(rule):
     assert select([-inf, 0.75, -inf], [1, 1, 1], 3, rule) == [1]
     assert select([-inf, -inf, -inf], [1, 1, 1], 1, rule) == []
@@ -259,7 +267,7 @@ def test_many_ties_go_to_the_lower_positions():
 @given(
     st.lists(st.tuples(st.sampled_from([-inf, 0.0, 0.25, 0.5, 0.75, 1.0]), st.booleans()), min_size=1, max_size=6),
     st.integers(0, 5),
-    st.sampled_from([None, ConfidenceThreshold(0.75), ConfidenceFactor(1.0), FrechetProfile(0.5)]),
+    st.sampled_from([MostConfident(), ConfidenceThreshold(0.75), ConfidenceFactor(1.0), FrechetProfile(0.5)]),
 )
 def test_no_better_candidate_is_left_out(positions, quota, rule):
     confidence, candidate = map(list, zip(*positions, strict=True))
@@ -267,6 +275,6 @@ def test_no_better_candidate_is_left_out(positions, quota, rule):
     able = [place for place, (value, may) in enumerate(positions) if may and value > -inf]
     assert chosen == sorted(chosen) and set(chosen) <= set(able)
     at_least = min(quota, len(able))
-    assert len(chosen) == at_least if rule is None else len(chosen) >= at_least
+    assert len(chosen) == at_least if type(rule) is MostConfident else len(chosen) >= at_least
     left_out = set(able) - set(chosen)
     assert all((confidence[one], -one) > (confidence[other], -other) for one in chosen for other in left_out)

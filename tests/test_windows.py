@@ -8,13 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_flashdlm.denoising_loop import Blocks, Method, denoise
+from hf_flashdlm.blocks import Blocks, FixedBlocks
+from hf_flashdlm.denoising_loop import Method, denoise
 from hf_flashdlm.schedule import MinimumSchedule
+from hf_flashdlm.unmasking import MostConfident
 from hf_flashdlm.windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow
 
 
 PROMPT, BLOCK, LENGTH = 4, 3, 10  # pppp|___|___
-FREECACHE = FreeCacheWindow(PROMPT, BLOCK)
+FREECACHE = FreeCacheWindow(BLOCK)
 
 
 @pytest.fixture(scope="session")
@@ -26,8 +28,8 @@ def at(start):
 
     def at(*frontiers, nfe=5, **fields):
         text = "p" * frontiers[0] + "_" * (LENGTH - frontiers[0])
-        (row,) = start(text, frontiers=[list(frontiers)], nfe=[nfe]).rows
-        Blocks(PROMPT, BLOCK).enter([row])
+        (row,) = start(text, prompt_length=PROMPT, frontiers=[list(frontiers)], nfe=[nfe]).rows
+        Blocks(FixedBlocks(BLOCK)).enter([row])
         for name, value in fields.items():
             setattr(row, name, value)
         return row
@@ -84,7 +86,7 @@ def test_finished_text_is_frozen_as_many_forwards_late_as_the_lag_says(at, lag, 
 
 @pytest.mark.parametrize(("freeze_length", "frozen"), [(1, 9), (2, 8), (3, 7), (6, 4)])
 def test_text_is_frozen_in_whole_pieces(at, freeze_length, frozen):
-    assert FreeCacheWindow(PROMPT, freeze_length)(at(9, 9)).frozen == frozen
+    assert FreeCacheWindow(freeze_length)(at(9, 9)).frozen == frozen
 
 
 @pytest.mark.parametrize(("margin", "lo"), [(0, 7), (2, 5), (9, 0)])
@@ -136,7 +138,7 @@ def test_more_entropy_than_the_bound_refreshes_all(at, entropy, lo):
     ("policy", "block_nfe", "refreshes"),
     [
         (DKVWindow(3), [0, 1, 2, 3, 4, 5, 6], [True, False, False, True, False, False, True]),
-        (DKVWindow(4, first_steps=2), [0, 1, 2, 3, 4], [True, True, False, False, True]),
+        (DKVWindow(4), [0, 1, 2, 3, 4], [True, False, False, False, True]),
         (DKVWindow(1), [0, 1, 2], [True, True, True]),
     ],
 )
@@ -150,15 +152,9 @@ def test_dkv_recomputes_what_was_masked_when_the_last_step_began(at):
     assert numbers(window) == (0, 10, 10, 0)
 
 
-def test_dkv_keeps_a_prompt_once_it_has_been_computed(at):
-    policy = DKVWindow(8, frozen_prompt=3)
-    assert numbers(policy(at(4, nfe=0))) == (0, 10, 10, 0)
-    assert numbers(policy(at(4, nfe=1, block_nfe=1))) == (3, 10, 10, 3)
-
-
-@pytest.mark.parametrize(("too", "nfe", "expected"), [(False, 1, True), (False, 2, False), (True, 2, True)])
-def test_dkv_recomputes_masks_themselves_after_the_first_forward_or_where_told(at, too, nfe, expected):
-    assert DKVWindow(8, include_scored=too)(at(5, nfe=nfe, block_nfe=1)).include_scored is expected
+@pytest.mark.parametrize(("nfe", "expected"), [(1, True), (2, False)])
+def test_dkv_recomputes_masks_themselves_after_the_first_forward(at, nfe, expected):
+    assert DKVWindow(8)(at(5, nfe=nfe, block_nfe=1)).include_scored is expected
 
 
 # What holds for all of them
@@ -207,9 +203,11 @@ def draft_letters(scores):
     return letter + ord("a"), confidence
 
 
-def some(confidence):
+class Some(MostConfident):
     """A rule that writes a few."""
-    return sum(one > 0.9 for one in confidence)
+
+    def count(self, confidence):
+        return sum(one > 0.9 for one in confidence)
 
 
 def filled(state):
@@ -222,8 +220,8 @@ def run(start):
 
     def run(policy, blocks, seed):
         recorder = Recorder(policy)
-        method = Method(recorder, Blocks(PROMPT, BLOCK, **blocks), MinimumSchedule(), some)
-        state = start("pppp______", "ppppaa____", history=policy.history)
+        method = Method(recorder, Blocks(FixedBlocks(BLOCK), **blocks), MinimumSchedule(), Some())
+        state = start("pppp______", "ppppaa____", prompt_length=PROMPT, history=policy.history)
         denoise(state, RandomDenoiser(seed), method, NoProcessors(), draft_letters, filled)
         return recorder.seen
 
@@ -232,7 +230,6 @@ def run(start):
 
 freecaches = st.builds(
     FreeCacheWindow,
-    prompt_length=st.just(PROMPT),
     freeze_length=st.sampled_from([1, 2, 3]),
     freeze_lag=st.integers(0, 2),
     left_margin=st.sampled_from([0, 0, 1, 5]),
@@ -247,9 +244,7 @@ policies = (
     | freecaches
     | st.builds(FullWindow, growing=st.booleans())
     | st.builds(BlockWindow, dual=st.booleans())
-    | st.builds(
-        DKVWindow, refresh_steps=st.integers(1, 4), first_steps=st.integers(0, 2), frozen_prompt=st.integers(0, 3)
-    )
+    | st.builds(DKVWindow, refresh_steps=st.integers(1, 4))
 )
 blocks = st.fixed_dictionaries({"synchronous": st.booleans(), "lookahead": st.none() | st.integers(1, 4)})
 seeds = st.integers(0, 1000)
