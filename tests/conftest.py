@@ -12,9 +12,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from cases import CHARACTERS, MASK
+from guided_cases import Decided
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from hf_flashdlm import ARGuider
+from hf_flashdlm.bench.machine import Ceilings
+from hf_flashdlm.cli.bench import add_commands
+from hf_flashdlm.cli.main import Parser
 from hf_flashdlm.compiling import cache_name
 from hf_flashdlm.denoising_loop import DenoisingState
 
@@ -128,3 +134,50 @@ def start(spell):
         return state
 
     return start
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A tokenizer with a character for every id of the tiny models."""
+    backend = Tokenizer(models.WordLevel({character: i for i, character in enumerate(CHARACTERS)}, CHARACTERS[0]))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=CHARACTERS[0],
+        eos_token=CHARACTERS[510],
+        mask_token=CHARACTERS[MASK],
+        padding_side="left",
+    )
+
+
+@pytest.fixture
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def guider(tiny):
+    """`guider(**options)` is a guider around the tiny autoregressive model."""
+    return lambda **options: ARGuider(tiny("guider"), **options)
+
+
+@pytest.fixture
+def decided(tiny):
+    """`decided(decide, **options)` is the same, which accepts as `decide` says."""
+    return lambda decide, **options: Decided(tiny("guider"), decide, **options)
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """`bench("--config", "tiny")` runs the command with these arguments."""
+    monkeypatch.setattr(Ceilings, "measure", lambda *_: Ceilings(1e9, 1e9))
+
+    def bench(*arguments):
+        parser = Parser()
+        add_commands(parser.add_subparsers())
+        args = parser.parse_args(["bench", *arguments])
+        args.run(args)
+
+    return bench

@@ -11,24 +11,19 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.generation.configuration_utils import CompileConfig
 
 from hf_flashdlm.bench import ablation, comparison, decoding
-from hf_flashdlm.bench.ablation_table import PART_COMBINATIONS, PARTS, settings
-from hf_flashdlm.bench.decoding import Models, Recipe
-from hf_flashdlm.bench.machine import Ceilings, CostModel, ForwardShape, Probe, commit, describe_machine, peak_memory
+from hf_flashdlm.bench.ablation_table import settings
+from hf_flashdlm.bench.decoding import Recipe
+from hf_flashdlm.bench.machine import Probe
 from hf_flashdlm.bench.models import SHAPES, guider_config, twin_config
 from hf_flashdlm.bench.recipes import recipes
 from hf_flashdlm.bench.report import format_table
 from hf_flashdlm.bench.run import Run, binomial_interval
-from hf_flashdlm.bench.workload import problem_workload
 from hf_flashdlm.cli.bench import add_commands
 from hf_flashdlm.cli.main import Parser
-from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
 from hf_flashdlm.tiny import FOLDER as TINY
@@ -42,20 +37,6 @@ equal_share""".split()
 RECORD_KEYS = "schema command seed commit machine versions options ceilings models rows".split()
 SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --device cpu".split()
 METHODS = ["--methods", "plain,plain-eos,freecache+window,guided,ar"]
-
-
-@pytest.fixture
-def bench(monkeypatch):
-    """`bench("--config", "tiny")` runs the command with these arguments."""
-    monkeypatch.setattr(Ceilings, "measure", lambda *_: Ceilings(1e9, 1e9))
-
-    def bench(*arguments):
-        parser = Parser()
-        add_commands(parser.add_subparsers())
-        args = parser.parse_args(["bench", *arguments])
-        args.run(args)
-
-    return bench
 
 
 # With Dream's shift a cached block needs a position before it, of which each row of ours decides for itself.
@@ -209,107 +190,6 @@ def test_every_method_has_options_that_generate_takes():
     assert list(recipes(16, 4))[:2] == ["plain", "plain-eos"]
 
 
-def test_every_row_of_the_ablation_has_options_that_generate_takes():
-    table = settings(64, 8, ["small", "large"])
-    for setting in table:
-        options = setting.recipe.options
-        ours = {
-            name: options[name] for name in options.keys() - {"do_sample", "temperature"}
-        }  # the rest is the host's
-        DiffusionOptions(**ours).blocks(64)
-        ARGuider(None, **setting.recipe.rule)
-    names = [(setting.group, setting.recipe.name) for setting in table]
-    assert len(set(names)) == len(names), "a row could not be told from another"
-    assert {name for parts in PART_COMBINATIONS for name in parts.split()} == set(PARTS)
-    for group in ("guider size", "guider alone"):
-        assert {setting.recipe.guider for setting in table if setting.group == group} == {"small", "large"}
-    large = [one.recipe.name for one in table if one.group == "intersection" and one.recipe.guider == "large"]
-    assert large == [f"large: both {sure}, window 32" for sure in (0.3, 0.5, 0.6)]
-    assert [setting.recipe.options["block_length"] for setting in table if setting.group == "plain order"] == [
-        1, 2, 4, 8, 16, 64
-    ]  # fmt: skip
-
-
-def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, capsys):
-    short = [one for one in settings(8, 8, ["guider"]) if one.recipe.name in ("plain", "EOS", "plain, block 8", "V 4")]
-    monkeypatch.setattr(ablation, "settings", lambda *_: short)
-    path = tmp_path / "ablation.json"
-    arguments = ["--ablate", "--problems", "2", "--new-tokens", "8", "--json", str(path), "--device", "cpu"]
-    bench(*arguments)
-    printed = capsys.readouterr()
-    first = json.loads(path.read_text())
-    assert [row["name"] for row in first["rows"]] == ["plain", "EOS", "plain, block 8", "V 4"]
-    assert printed.err.count(" of 4: ") == 3, "`EOS` and `plain, block 8` are one setting"
-    assert first["rows"][1]["nfe"] == first["rows"][2]["nfe"]
-    assert set(first["verdict"]) == {
-        "best_plain", "unguided_nfe", "unguided_seconds", "guided_nfe", "guided_seconds"
-    }  # fmt: skip
-    bench(*arguments)
-    again = capsys.readouterr()
-    assert again.err == "", "nothing is measured twice"
-    bench("--show", str(path))
-    shown = capsys.readouterr().out
-    assert shown.startswith(f"$ flashdlm bench --new-tokens 8 --problems 2 --device cpu --ablate --json {path}\n")
-    assert shown.endswith(again.out.partition("commit: ")[2].partition("\n")[2])
-    assert json.loads(path.read_text())["rows"] == first["rows"]
-    bench(*arguments, "--problems", "1")
-    second = json.loads(path.read_text())
-    assert [row["num_rows"] for row in second["rows"]] == [1, 1, 1, 1]
-    assert len(second["earlier"]) == 3, "rows of other settings stay in the file"
-
-
-def test_rows_that_draw_are_over_all_seeds_and_a_guider_alone_needs_no_model(bench, tmp_path, monkeypatch):
-    table = settings(8, 8, ["guider"])
-    short = [one for one in table if one.recipe.name in ("plain", "guider, temperature 1.0", "guider")]
-    short = [one for one in short if one.group in ("parts", "sampling", "guider alone")]
-    assert [one.seeds for one in short] == [(0,), (0,), (0, 1, 2), (0,)]
-    monkeypatch.setattr(ablation, "settings", lambda *_: short)
-    runs, run = [], ablation.run
-
-    def noted(models, recipe, workload):
-        runs.append(run(models, recipe, workload))
-        return runs[-1]
-
-    monkeypatch.setattr(ablation, "run", noted)
-    path = tmp_path / "ablation.json"
-    arguments = ["--ablate", "--problems", "3", "--new-tokens", "8", "--json", str(path), "--device", "cpu"]
-    bench(*arguments)
-    rows = json.loads(path.read_text())["rows"]
-    assert [row["seeds"] for row in rows] == [[0], [0], [0, 1, 2], [0]]
-    drawn, of_seeds = rows[2], runs[3:6]  # behind the warm-up and a run of each row before
-    assert drawn["num_rows"] == 9 and drawn["seconds_of_runs"] == [one.seconds for one in of_seeds]
-    for name in ("nfe", "tokens", "drafts_judged", "drafts_accepted"):
-        assert drawn[name] == sum(getattr(one, name) for one in of_seeds) / 9
-    assert drawn["accuracy_interval"] == list(binomial_interval(sum(one.correct for one in of_seeds), 9))
-    alone = rows[3]
-    assert alone["group"] == "guider alone" and alone["nfe"] == alone["active_tokens"] == 0
-    assert 1 <= alone["guider_forwards"] == alone["tokens"] <= 8
-    again = len(runs)
-    bench(*arguments)
-    assert json.loads(path.read_text())["rows"] == rows and len(runs) == again + 1, "the warm-up alone"
-
-
-def test_a_seed_decides_what_is_drawn_and_a_guider_alone_is_the_hosts_greedy_decode():
-    checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
-    models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, torch.device("cpu"), "float32")
-    workload = problem_workload(checkpoint, 2, 2, 0, {"max_new_tokens": 24})
-    table = {(one.group, one.recipe.name): one for one in settings(24, 8, ["guider"])}
-    recipe = table["sampling", "threshold, temperature 1.0"].recipe
-    texts = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        texts.append(models.decode(recipe, workload.batches[0], workload.options)[0].tolist())
-    assert texts[0] == texts[1] != texts[2]
-    alone = table["guider alone", "guider"].recipe
-    ids, _ = models.decode(alone, workload.batches[0], workload.options)
-    expected = models.guiders["guider"].generate(**workload.batches[0], max_new_tokens=24, do_sample=False)
-    assert ids.tolist() == expected.tolist()
-    assert ablation.can_decode(models, "guider")
-    alphabet = Tokenizer(WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    models.tokenizers["guider"] = PreTrainedTokenizerFast(tokenizer_object=alphabet)
-    assert not ablation.can_decode(models, "guider")
-
-
 def test_the_plots_are_written(bench, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "Agg")
@@ -328,33 +208,6 @@ def test_the_frontier_holds_what_nothing_beats():
     assert pareto_rows(rows) == [dict(nfe=4, accuracy=0.6), dict(nfe=8, accuracy=0.9)]
 
 
-def test_the_verdict_names_what_comes_within_a_point():
-    def row(name, accuracy, nfe, seconds, guider=None, is_plain=False):
-        return dict(
-            name=name, group="g", accuracy=accuracy, nfe=nfe, seconds=seconds, guider=guider, is_plain=is_plain
-        )
-
-    rows = [
-        row("slow", 0.98, 64, 9, is_plain=True),
-        row("plain", 0.98, 32, 5, is_plain=True),
-        row("few", 0.97, 10, 4),
-        row("quick", 0.98, 12, 3),
-        row("wrong", 0.96, 2, 1),
-        row("guided", 0.97, 5, 2, guider="a"),
-        row("lucky", 0.99, 1, 1) | {"group": "sampling"},
-        row("alone", 0.99, 0, 1, guider="a") | {"group": "guider alone"},
-    ]
-    verdict = ablation.verdict(rows)
-    assert {name: one["name"] for name, one in verdict.items()} == {
-        "best_plain": "plain",
-        "unguided_nfe": "few",
-        "unguided_seconds": "quick",
-        "guided_nfe": "guided",
-        "guided_seconds": "guided",
-    }
-    assert ablation.verdict(rows[:5])["guided_nfe"] is None
-
-
 def test_the_interval_is_wilsons():
     # 9 of 10 with z = 2: (0.9 + 0.2 +- 2 sqrt(0.009 + 0.01)) / 1.4 would be 0.589 to 0.983; z is 1.96.
     assert binomial_interval(9, 10) == pytest.approx((0.596, 0.982), abs=1e-3)
@@ -367,80 +220,6 @@ def test_a_run_is_a_mean_per_row():
     assert figures["tokens_per_forward"] == 1.5
     assert figures["outside_forwards_share"] == 0.25
     assert figures["accuracy"] == 0.5
-
-
-def test_the_cost_model_counts_as_one_would_by_hand(tiny):
-    model = tiny("llada_gqa")
-    cost, config = CostModel(model), model.config
-    forward = ForwardShape(rows=2, queries=3, keys=5, head_rows=1)
-    linear = [one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
-    head = config.embedding_size * config.d_model
-    norms = (2 * config.n_layers + 1) * config.d_model
-    body = sum(one.weight.numel() for one in linear) - head + norms
-    attention = 4 * config.n_layers * config.d_model * 3 * 5
-    assert cost.flops(forward) == 2 * (2 * (body * 3 + head * 1) + attention)
-    head_dim = config.d_model // config.n_heads
-    assert cost.bytes(forward) == 4 * (body + head + 2 * 2 * 5 * config.n_layers * config.n_kv_heads * head_dim)
-    flops_bound, bytes_bound = Ceilings(1.0, 1e30), Ceilings(1e30, 1.0)
-    assert cost.floor_seconds([forward, forward], flops_bound) == 2 * cost.flops(forward)
-    assert cost.floor_seconds([forward], bytes_bound) == cost.bytes(forward)
-    kept = [ForwardShape(2, 3, keys, 1, cached=keys < 6) for keys in (4, 5, 6)]
-    assert cost.kept_bytes(kept) == 4 * 2 * 2 * 5 * config.n_layers * config.n_kv_heads * head_dim
-
-
-def test_a_probe_sees_each_forward_and_is_gone_afterwards(tiny):
-    model = tiny("llada")
-    prompt = torch.tensor([[5, 70, 200, 41]])
-    with Probe(model) as probe:
-        output = model.generate(
-            prompt, max_new_tokens=4, block_length=2, steps=4, stop_at_eos=False, return_dict_in_generate=True
-        )
-    assert probe.forwards[0] == ForwardShape(rows=1, queries=8, keys=8, head_rows=2, cached=True)
-    assert len(probe.forwards) == output.nfe == 4
-    assert sum(one.queries for one in probe.forwards) == output.active_tokens
-    assert probe.seconds > 0
-    assert not model._forward_hooks and not model._forward_pre_hooks
-    assert "get_compiled_call" not in vars(model)
-
-
-def test_a_probe_does_not_become_part_of_what_is_compiled(tiny):
-    model, counted = tiny("llada"), []
-    prompt = torch.tensor([[5, 70, 200, 41]])
-    options = {"max_new_tokens": 4, "block_length": 2, "steps": 4, "stop_at_eos": False, "window_policy": "dual"}
-    torch.compiler.reset()
-    counters.clear()
-    for _ in range(3):
-        with Probe(model) as probe:
-            model.generate(prompt, **options, compile_config=CompileConfig(backend="eager", mode=None))
-        counted.append(
-            (len(probe.forwards), counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
-        )
-    torch.compiler.reset()
-    assert counted[0][0] == 4 and counted[0][1] > 0 and counted[0][2] == 0
-    assert counted[1] == counted[2] == counted[0], "a probe is part of no graph"
-
-
-def test_peak_memory_sees_a_tensor_that_is_gone():
-    with peak_memory(torch.device("cpu")) as peak:
-        torch.ones(2**24).sum()
-    assert peak == [None] or peak[0] > 6e7
-
-
-def test_ceilings_are_numbers_of_this_machine():
-    ceilings = Ceilings.measure(torch.device("cpu"), torch.float32, 10**6)
-    assert 1e8 < ceilings.flops_per_second < 1e15
-    assert 1e8 < ceilings.bytes_per_second < 1e14
-
-
-def test_the_card_names_what_tunes_allocator_and_threads(monkeypatch):
-    monkeypatch.setattr("os.environ", {"GOMP_SPINCOUNT": "9", "HOME": "/home", "MALLOC_TRIM_THRESHOLD_": "7"})
-    assert describe_machine(torch.device("cpu"))["environment"] == "GOMP_SPINCOUNT=9 MALLOC_TRIM_THRESHOLD_=7"
-    monkeypatch.setattr("os.environ", {})
-    assert describe_machine(torch.device("cpu"))["environment"] == "default"
-
-
-def test_the_commit_is_known_in_a_repository():
-    assert commit() is None or len(commit().removesuffix("+")) == 40
 
 
 def test_a_table_is_aligned():

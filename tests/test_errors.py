@@ -5,13 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    DynamicCache,
-    GenerationConfig,
-    LogitsProcessorList,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
 
 from hf_flashdlm import ARGuider, DiffusionOptions, FreeCache
 from hf_flashdlm.compiling import CACHE_NAME

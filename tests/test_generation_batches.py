@@ -1,0 +1,174 @@
+"""A row decodes alone as in a batch, whatever the parts, and every decode obeys the same laws."""
+
+import pytest
+from cases import ENDS, MASK, POLICIES, PROMPT, PROMPTS, RULES, cut, every_model, every_policy, generated
+from hypothesis import given
+from hypothesis import strategies as st
+
+
+SYNCHRONOUS = ("prefix", "dual", "dkv", "dkv-often", "synchronous")
+# Every policy with every rule; the models take turns, so that each meets all policies and all rules.
+COMBINATIONS = [
+    (("llada", "dream")[(i + j) % 2], policy, rule)
+    for i, policy in enumerate(POLICIES)
+    for j, rule in enumerate(RULES)
+]
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "policy", "rule"), COMBINATIONS)
+def test_a_row_decodes_alone_as_in_an_uneven_batch(tiny, decode, name, policy, rule):
+    options = dict(
+        max_new_tokens=11, block_length=4, eos_token_id=ENDS, pad_token_id=0, **POLICIES[policy], **RULES[rule]
+    )
+    batch = decode(tiny(name), PROMPTS, **options)
+    for row, prompt in enumerate(PROMPTS):
+        alone = decode(tiny(name), [prompt], **options)
+        padding = len(PROMPT) - len(prompt)
+        text, in_batch = alone.sequences[0].tolist(), batch.sequences[row, padding:].tolist()
+        assert in_batch == text + [0] * (len(in_batch) - len(text)), f"row {row} depends on its neighbours"
+        if policy not in SYNCHRONOUS:
+            assert batch.nfe[row] == alone.nfe[0]
+            # Where a forward covers the whole canvas, the padding is computed, too.
+            whole = sum(int(forward["position_ids"][0, 0]) == 0 for forward in alone.forwards)
+            assert batch.active_tokens[row] == alone.active_tokens[0] + padding * whole
+
+
+@every_model
+@every_policy
+def test_rows_that_are_finished_leave_the_batch(tiny, decode, name, policy):
+    output = decode(
+        tiny(name), PROMPTS, max_new_tokens=14, block_length=4, eos_token_id=ENDS, pad_token_id=0, **policy
+    )
+    rows = [len(forward["input_ids"]) for forward in output.forwards]
+    assert rows == [int((output.nfe > step).sum()) for step in range(int(output.nfe.max()))]
+    assert rows[-1] < len(PROMPTS), "the case is too easy: all rows finish together"
+
+
+@every_model
+@every_policy
+def test_what_stops_at_an_end_is_what_would_have_been_cut_there(tiny, decode, name, policy):
+    options = dict(max_new_tokens=14, block_length=4, eos_token_id=ENDS, pad_token_id=0, steps=9, **policy)
+    stopped = decode(tiny(name), PROMPTS, **options)
+    filled = decode(tiny(name), PROMPTS, stop_at_eos=False, **options)
+    assert filled.sequences.shape == (3, len(PROMPT) + 14)
+    for row in range(len(PROMPTS)):
+        text = cut(generated(filled, row))
+        in_batch = generated(stopped, row)
+        assert in_batch == text + [0] * (len(in_batch) - len(text))
+        assert stopped.nfe[row] <= filled.nfe[row]
+    assert any(len(cut(generated(filled, row))) < 14 for row in range(3)), "the case is too easy: nothing ended"
+
+
+# --- properties ------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def calls(draw):
+    """A model's name, prompts and options."""
+    prompts = draw(st.lists(st.lists(st.integers(30, 500), min_size=1, max_size=6), min_size=1, max_size=3))
+    max_new_tokens = draw(st.integers(1, 13))
+    block_length = draw(st.integers(1, max_new_tokens))
+    policy, rule = draw(st.sampled_from(list(POLICIES.values()))), draw(st.sampled_from(list(RULES.values())))
+    options = dict(max_new_tokens=max_new_tokens, block_length=block_length, **policy, **rule)
+    if "steps" in rule:
+        options["steps"] = draw(st.integers(-(-max_new_tokens // block_length), 16))
+    options["stop_at_eos"] = draw(st.booleans())
+    return draw(st.sampled_from(["llada_gqa", "dream", "dream_trained"])), prompts, options
+
+
+@given(calls())
+def test_every_decode_obeys_the_laws(tiny, decode, call):
+    name, prompts, options = call
+    output = decode(tiny(name), prompts, eos_token_id=ENDS, pad_token_id=0, **options)
+    longest, num_new = max(map(len, prompts)), options["max_new_tokens"]
+    assert longest < output.sequences.shape[1] <= longest + num_new
+    for row, prompt in enumerate(prompts):
+        sequence = output.sequences[row].tolist()
+        assert MASK not in sequence
+        assert sequence[:longest] == [0] * (longest - len(prompt)) + prompt, "the prompt has changed"
+        text = sequence[longest:]
+        ended = cut(text) if options["stop_at_eos"] else text
+        if ended[-1] in ENDS and options["stop_at_eos"]:
+            assert not any(text[len(ended) :]), "what follows the end is not padding"
+        else:
+            assert len(text) == num_new
+        nfe = int(output.nfe[row])
+        if "run_empty_steps" not in options:
+            assert 1 <= nfe <= num_new, "a step wrote nothing"
+        if "steps" in options and "right_window" not in options:
+            assert nfe <= max(options["steps"], -(-num_new // options["block_length"]))
+        assert float(output.tokens_per_forward[row]) * nfe == pytest.approx(len(ended))
+    assert len(output.forwards) == int(output.nfe.max())
+
+
+# --- exactness -------------------------------------------------------------------------------------------------------
+
+
+@every_model
+@pytest.mark.parametrize(
+    ("policy", "rule"),
+    [
+        (dict(window_policy="dkv", refresh_steps=1), dict(steps=9)),
+        (dict(window_policy="dkv", refresh_steps=1), dict(confidence_threshold=0.6)),
+        (dict(window_policy="prefix"), dict(steps=4)),
+        (dict(window_policy="dual"), dict(steps=4)),
+        (dict(window_policy="prefix"), dict(block_length=1)),
+        (dict(window_policy="dual"), dict(block_length=1)),
+        (dict(refresh_blocks=1), dict(steps=4)),
+        (dict(refresh_blocks=1), dict(block_length=1)),
+        (dict(refresh_entropy=0.0), dict(steps=9)),
+        (dict(left_margin=1000), dict(confidence_threshold=0.6)),
+        (dict(left_margin=1000, grow_canvas=True), dict(steps=9)),
+        (dict(left_margin=1000), dict(factor=0.8)),
+    ],
+)
+def test_a_cache_that_is_refreshed_at_every_step_is_none(tiny, decode, name, policy, rule):
+    options = dict(max_new_tokens=14, block_length=4, stop_at_eos=False) | rule
+    cached = decode(tiny(name), PROMPTS, **options, **policy)
+    growing = {name: value for name, value in policy.items() if name == "grow_canvas"}
+    synchronous = policy.get("window_policy", "freecache") != "freecache"
+    exact = decode(tiny(name), PROMPTS, **options, **growing, window_policy="none", synchronize_blocks=synchronous)
+    assert cached.sequences.tolist() == exact.sequences.tolist()
+    assert cached.nfe.tolist() == exact.nfe.tolist()
+    assert cached.active_tokens.tolist() == exact.active_tokens.tolist()
+
+
+# --- infilling -------------------------------------------------------------------------------------------------------
+
+
+HOLES = [[5, MASK, 200, MASK, MASK, 62, 90, 8], [MASK, 130, 402, 256, MASK], [300, 21]]
+
+
+@every_policy
+@pytest.mark.parametrize("rule", [dict(steps=9), dict(steps=9, schedule="timesteps"), dict(factor=0.8), "guider"])
+def test_masks_in_the_prompt_are_filled_and_what_is_given_stays(tiny, decode, policy, rule):
+    rule = dict(guider=tiny("guider")) if rule == "guider" else rule
+    options = dict(max_new_tokens=9, block_length=4, stop_at_eos=False, **policy, **rule)
+    output = decode(tiny("dream_trained"), HOLES, **options)
+    assert output.sequences.shape == (3, 8 + 9)
+    assert not (output.sequences == MASK).any()
+    for row, prompt in enumerate(HOLES):
+        filled = output.sequences[row, 8 - len(prompt) :].tolist()
+        assert [token for token, given in zip(filled, prompt, strict=False) if given != MASK] == [
+            given for given in prompt if given != MASK
+        ]
+        assert float(output.tokens_per_forward[row] * output.nfe[row]) == pytest.approx(9 + prompt.count(MASK))
+
+
+@every_model
+def test_infilled_rows_decode_alone_as_in_a_batch(tiny, decode, name):
+    options = dict(max_new_tokens=9, block_length=4, steps=9, stop_at_eos=False)
+    batch = decode(tiny(name), HOLES, **options)
+    for row, prompt in enumerate(HOLES):
+        alone = decode(tiny(name), [prompt], **options)
+        assert batch.sequences[row, 8 - len(prompt) :].tolist() == alone.sequences[0].tolist()
+
+
+def test_an_end_in_the_prompt_ends_nothing(tiny, decode):
+    output = decode(
+        tiny("llada"), [[5, 7, MASK, 9]], max_new_tokens=6, eos_token_id=[5, 7, 9], pad_token_id=0, steps=6
+    )
+    assert output.sequences.shape == (1, 10)
