@@ -169,13 +169,12 @@ def _transfer(token_ids: torch.LongTensor, confidence: torch.Tensor, entropy: to
 def _window(policy: WindowPolicy, row: Row) -> Window:
     """The window of a row's next forward, checked."""
     window, length = policy(row), len(row.tokens)
-    is_window = isinstance(window, Window)
-    fits = is_window and 0 <= window.frozen <= window.lo < window.hi <= window.attended <= length
-    # A row that waits for the others has nothing to write.
-    if not fits or not (window.lo <= row.frontier < window.hi or row.frontier >= row.block_stop):
+    fits = isinstance(window, Window) and 0 <= window.frozen <= window.lo < window.hi <= window.attended <= length
+    # A row that waits for the others has nothing to write. Masks left of the window are fed in any case.
+    if not fits or window.frozen > row.frontier or not (row.frontier < window.hi or row.frontier >= row.block_stop):
         raise ValueError(
-            "`window_policy` must return a `Window` with 0 <= frozen <= lo <= first mask < hi <= attended <= canvas "
-            f"length, here {row.frontier} and {length}, got {window} from {type(policy).__name__}."
+            "`window_policy` must return a `Window` with 0 <= frozen <= lo < hi <= attended <= canvas length and "
+            f"frozen <= first mask < hi, here {length} and {row.frontier}, got {window} from {type(policy).__name__}."
         )
     return window
 

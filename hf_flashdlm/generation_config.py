@@ -199,6 +199,7 @@ class DiffusionOptions:
             value = getattr(self, name)
             if not isinstance(value, bool) and (name != "synchronize_blocks" or value is not None):
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")
+        _settings(self.method)
         for name in PARTS:
             check_part(name, getattr(self, name))
         self._check_rules()
@@ -264,14 +265,17 @@ class DiffusionOptions:
             raise ValueError(
                 f"`steps` are spread over blocks whose number is known, got blocks={self.blocks!r}: drop one of them."
             )
+        ids = self.delimiter_token_ids
+        ids = [ids] if isinstance(ids, int) else ids
+        is_list = isinstance(ids, list | tuple) and ids and all(isinstance(one, int) for one in ids)
+        if not is_list and (is_adaptive or ids is not None):
+            raise ValueError(
+                "`delimiter_token_ids` must be the ids of the tokens at which an adaptive block may end, got "
+                f"{self.delimiter_token_ids!r}: pass for example those of a line break, "
+                "`tokenizer.encode('\\n', add_special_tokens=False)`."
+            )
         if not is_adaptive:
             return
-        ids = self.delimiter_token_ids
-        if not (ids if isinstance(ids, list | tuple) else isinstance(ids, int)):
-            raise ValueError(
-                f"`delimiter_token_ids` must name the tokens at which an adaptive block may end, got {ids!r}: pass "
-                'for example the ids of a line break, `tokenizer.encode("\\n", add_special_tokens=False)`.'
-            )
         if self.confidence != "probability" or self.position_temperature or self.entropy_bound is not None:
             raise ValueError(
                 "`blocks='adaptive'` compares the probability of drafts with `delimiter_threshold`, got another "

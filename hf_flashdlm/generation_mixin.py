@@ -370,9 +370,10 @@ def _guider(guider, options: DiffusionOptions):
     if guider is None:
         return None
     if options.is_scheduled:
+        scheduled = "schedule" if options.steps is None else "steps"
         raise ValueError(
-            "`steps` and `schedule` fix how many tokens a step writes and a `guider` decides it, got "
-            f"steps={options.steps} and schedule={options.schedule!r}: drop one of them."
+            f"`{scheduled}` fixes how many tokens a step writes and a `guider` decides it, got "
+            f"{scheduled}={getattr(options, scheduled)}: drop one of them."
         )
     if options.blocks == "adaptive":
         raise ValueError(

@@ -53,7 +53,8 @@ class WindowPolicy(Protocol):
             row ([`Row`]): Where the row stands.
 
         Returns:
-            [`Window`]: What its next forward computes, with 0 <= frozen <= lo <= `row.frontier` < hi <= attended.
+            [`Window`]: What its next forward computes, with 0 <= frozen <= lo < hi <= attended
+            and frozen <= `row.frontier` < hi.
         """
         ...
 

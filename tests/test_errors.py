@@ -63,8 +63,10 @@ def number(name, kind, limits, value, **more):
     return Refusal(f"`{name}` must be {kind} {limits}, got {value!r}.", {name: value, **more})
 
 
-def choice(name, choices, value):
-    return Refusal(f"`{name}` must be one of {choices}, got {value!r}.", {name: value})
+def choice(name, choices, protocol, value):
+    return Refusal(
+        f"`{name}` must be one of {choices}, or an object that follows `{protocol}`, got {value!r}.", {name: value}
+    )
 
 
 def belongs(name, policies, value, policy):
@@ -188,22 +190,65 @@ REFUSALS = {
         dict(confidence_threshold=0.5, factor=1.0),
     ),
     **{
-        f"schedule-{name}": Refusal(
-            f"`schedule` and `run_empty_steps` say how `steps` are spread, got schedule={schedule!r} and no `steps`: "
-            "pass `steps` too.",
-            {name: value},
+        f"schedule-and-{rule}": Refusal(
+            f"`schedule` fixes how many tokens a step writes and `{rule}` leaves it open, got schedule=uniform and "
+            f"{rule}=0.5: pass one of them, and `None` for the other if the model's generation config sets it.",
+            {"schedule": "uniform", rule: 0.5},
         )
-        for name, value, schedule in (("schedule", "timesteps", "timesteps"), ("run_empty_steps", True, "uniform"))
+        for rule in ("confidence_threshold", "factor", "frechet_delta", "entropy_bound")
     },
+    "empty-steps-of-timesteps": Refusal(
+        "`run_empty_steps` belongs to schedule='timesteps', got schedule=None: drop it.", dict(run_empty_steps=True)
+    ),
+    **{
+        f"method-{value}": Refusal(
+            "`method` must be one of llada, dream, dkv-cache, freecache, fast-dllm, fast-dllm-prefix, "
+            f"fast-dllm-dual, adablock, eb-sampler, flashdlm, got {value!r}.",
+            dict(method=value),
+        )
+        for value in ("fast", 3)
+    },
+    "delimiters-missing": Refusal(
+        "`delimiter_token_ids` must be the ids of the tokens at which an adaptive block may end, got None: pass for "
+        "example those of a line break, `tokenizer.encode('\\n', add_special_tokens=False)`.",
+        dict(method="adablock"),
+    ),
+    **{
+        f"{name}-of-adaptive-blocks": Refusal(
+            f"`{name}` belongs to blocks='adaptive', got blocks='fixed': drop it.", {name: value}
+        )
+        for name, value in {"delimiter_threshold": 0.5, "delimiter_window": 4}.items()
+    },
+    "adaptive-blocks-and-steps": Refusal(
+        "`steps` are spread over blocks whose number is known, got blocks='adaptive': drop one of them.",
+        dict(blocks="adaptive", delimiter_token_ids=3, steps=6),
+    ),
+    "adaptive-blocks-of-another-measure": Refusal(
+        "`blocks='adaptive'` compares the probability of drafts with `delimiter_threshold`, got another measure in "
+        "`confidence`, `position_temperature` or `entropy_bound`: drop it.",
+        dict(blocks="adaptive", delimiter_token_ids=3, entropy_bound=0.1),
+    ),
+    "adaptive-blocks-and-guider": Refusal(
+        "`blocks='adaptive'` needs the probability of the drafts, which a `guider` replaces by its decision: drop one "
+        "of them.",
+        dict(blocks="adaptive", delimiter_token_ids=3, guider=causal),
+    ),
+    "whole-and-block-length": Refusal(
+        "`block_length` divides a region that blocks='whole' leaves undivided, got 3: drop one of them.",
+        dict(blocks="whole", block_length=3),
+    ),
+    **{},
     **{
         f"confidence-{value}": Refusal(
-            f"`confidence` must be 'probability' for `confidence_threshold`, got {value!r}: drop it, or pass `steps`.",
+            f"`confidence` must be 'probability' for `confidence_threshold`, got {value!r}: drop it, or pass "
+            "`steps` or an `unmasking_rule`.",
             dict(confidence=value),
         )
         for value in ("margin", "entropy", "random")
     },
     "confidence-of-an-entropy-bound": Refusal(
-        "`confidence` must be 'entropy' for `entropy_bound`, got 'margin': drop it, or pass `steps`.",
+        "`confidence` must be 'entropy' for `entropy_bound`, got 'margin': drop it, or pass `steps` or an "
+        "`unmasking_rule`.",
         dict(confidence="margin", entropy_bound=1.0),
     ),
     # Values of options.
@@ -234,10 +279,10 @@ REFUSALS = {
         for name, more in {"eps": dict(steps=6), "confidence_threshold": {}}.items()
         for value in (-0.1, 1.1)
     },
-    "window_policy": choice("window_policy", "freecache, prefix, dual, dkv, none", "fast"),
-    "window_policy-None": choice("window_policy", "freecache, prefix, dual, dkv, none", None),
-    "confidence": choice("confidence", "probability, margin, entropy, random", "low_confidence"),
-    "schedule": choice("schedule", "uniform, timesteps", "cosine"),
+    "window_policy": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", "fast"),
+    "window_policy-None": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", None),
+    "confidence": choice("confidence", "probability, margin, entropy, random", "Confidence", "low_confidence"),
+    "schedule": choice("schedule", "uniform, timesteps", "Schedule", "cosine"),
     # Options of other window policies.
     **{
         f"{name}-of-freecache": belongs(name, "'freecache'", value, "dual")
@@ -259,8 +304,8 @@ REFUSALS = {
         dict(guider=causal, steps=6),
     ),
     "guider-of-a-wrong-type": Refusal(
-        "`guider` must be an autoregressive model or an `ARGuider`, got str: load it with "
-        "`AutoModelForCausalLM.from_pretrained`.",
+        "`guider` must be an autoregressive model, an `ARGuider` or a `CanvasProcessor`, got str without `lookahead`: "
+        "load a model with `AutoModelForCausalLM.from_pretrained`.",
         dict(guider="Qwen/Qwen2.5-0.5B"),
     ),
     "guider-of-another-vocabulary": Refusal(

@@ -6,10 +6,22 @@ from hypothesis import strategies as st
 from transformers import GenerationConfig
 
 from hf_flashdlm import DiffusionOptions
-from hf_flashdlm.generation_config import CONFIDENCES, PEER_NAMES, RULES, SCHEDULES, WINDOW_POLICIES
+from hf_flashdlm.generation_config import (
+    BLOCKS,
+    CONFIDENCES,
+    METHOD_OPTIONS,
+    PEER_NAMES,
+    RULES,
+    SCHEDULES,
+    WINDOW_POLICIES,
+)
+from hf_flashdlm.methods import METHODS
 
 
-COUNTS = ("block_length", "steps", "freeze_length", "right_window", "refresh_blocks", "refresh_steps")
+COUNTS = (
+    *("block_length", "steps", "freeze_length", "right_window", "refresh_blocks", "refresh_steps"),
+    "delimiter_window",
+)
 FROM_ZERO = ("freeze_lag", "left_margin", "mask_token_id")
 NUMBERS = ("position_temperature", "factor", "entropy_bound", "refresh_entropy")
 SHARES = ("eps", "confidence_threshold", "frechet_delta")
@@ -59,11 +71,27 @@ def test_a_switch_is_true_or_false(name, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "choices"), [("window_policy", WINDOW_POLICIES), ("confidence", CONFIDENCES), ("schedule", SCHEDULES)]
+    ("name", "choices", "protocol"),
+    [
+        ("window_policy", WINDOW_POLICIES, "WindowPolicy"),
+        ("confidence", CONFIDENCES, "Confidence"),
+        ("schedule", SCHEDULES, "Schedule"),
+        ("blocks", BLOCKS, "BlockPolicy"),
+    ],
 )
 @pytest.mark.parametrize("value", ["nonsense", None, 1])
-def test_a_choice_is_one_of_those_listed(name, choices, value):
-    refused(rf"^`{name}` must be one of {', '.join(choices)}, got {value!r}\.$", **{name: value})
+def test_a_choice_is_one_of_those_listed_or_an_object(name, choices, protocol, value):
+    if name == "schedule" and value is None:
+        return  # the default: none
+    listed = ", ".join(choices)
+    refused(
+        rf"^`{name}` must be one of {listed}, or an object that follows `{protocol}`, got {value!r}\.$",
+        **{name: value},
+    )
+
+
+def test_a_method_is_one_of_those_listed():
+    refused(rf"^`method` must be one of {', '.join(METHODS)}, got 'nonsense'\.$", method="nonsense")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -78,10 +106,14 @@ def test_two_rules_exclude_each_other(first, second):
     refused(f"`{first}` and `{second}` are rules for the same thing: pass one", **{first: 0.5, second: 0.5})
 
 
-@pytest.mark.parametrize("options", [{"schedule": "timesteps"}, {"run_empty_steps": True}])
-def test_a_schedule_without_steps_is_refused(options):
-    schedule = options.get("schedule", "uniform")
-    refused(rf"say how `steps` are spread, got schedule='{schedule}' and no `steps`: pass `steps` too", **options)
+@pytest.mark.parametrize("options", [{}, {"steps": 64}, {"steps": 64, "schedule": "uniform"}])
+def test_empty_steps_belong_to_the_timesteps(options):
+    schedule = options.get("schedule")
+    refused(
+        rf"^`run_empty_steps` belongs to schedule='timesteps', got schedule={schedule!r}: drop it\.$",
+        run_empty_steps=True,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +121,7 @@ def test_a_schedule_without_steps_is_refused(options):
     [
         (
             {"confidence": "margin"},
-            "must be 'probability' for `confidence_threshold`, got 'margin': drop it, or pass `steps`",
+            "must be 'probability' for `confidence_threshold`, got 'margin': drop it, or pass `steps` or an",
         ),
         ({"confidence": "entropy", "factor": 1.0}, "must be 'probability' for `factor`, got 'entropy'"),
         ({"confidence": "margin", "entropy_bound": 1.0}, "must be 'entropy' for `entropy_bound`, got 'margin'"),
@@ -141,7 +173,7 @@ def test_what_fits_together_is_accepted(options):
 def test_the_defaults_are_freecache_with_a_lag_of_one_and_a_stop_at_the_end():
     options = DiffusionOptions()
     assert (options.window_policy, options.freeze_lag, options.stop_at_eos) == ("freecache", 1, True)
-    assert (options.confidence, options.schedule, options.eps) == ("probability", "uniform", 1e-3)
+    assert (options.confidence, options.blocks, options.eps) == ("probability", "fixed", 1e-3)
     unset = [name for name in DiffusionOptions.names() if getattr(options, name) is None]
     assert {"block_length", "steps", "right_window", "mask_token_id", *RULES} <= set(unset)
 
@@ -159,7 +191,7 @@ def test_the_defaults_are_freecache_with_a_lag_of_one_and_a_stop_at_the_end():
     ],
 )
 def test_blocks_tile_the_region(options, max_new_tokens, expected):
-    assert DiffusionOptions(**options).blocks(max_new_tokens) == expected
+    assert DiffusionOptions(**options).tiling(max_new_tokens) == expected
 
 
 @pytest.mark.parametrize(
@@ -177,12 +209,12 @@ def test_blocks_tile_the_region(options, max_new_tokens, expected):
 )
 def test_blocks_that_do_not_fit_the_region_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        DiffusionOptions(**options).blocks(10)
+        DiffusionOptions(**options).tiling(10)
 
 
 @given(st.integers(1, 100), st.integers(1, 100))
 def test_blocks_cover_the_region_and_the_last_is_not_empty(block_length, max_new_tokens):
-    length, count = DiffusionOptions(block_length=min(block_length, max_new_tokens)).blocks(max_new_tokens)
+    length, count = DiffusionOptions(block_length=min(block_length, max_new_tokens)).tiling(max_new_tokens)
     assert (count - 1) * length < max_new_tokens <= count * length
 
 
@@ -196,12 +228,15 @@ OTHER_THAN_DEFAULT = [
     {"freeze_length": 2, "freeze_lag": 0, "grow_canvas": True, "refresh_blocks": 2, "refresh_entropy": 1.0},
     {"entropy_bound": 0.5, "position_temperature": 0.5, "synchronize_blocks": True, "window_policy": "none"},
     {"frechet_delta": 0.5},
+    {"method": "fast-dllm-dual"},
+    {"blocks": "adaptive", "delimiter_token_ids": [3], "delimiter_threshold": 0.5, "delimiter_window": 8},
 ]
 
 
 def test_the_next_test_sets_every_option_to_something_else():
     defaults = DiffusionOptions()
-    assert {name for options in OTHER_THAN_DEFAULT for name in options} == set(DiffusionOptions.names())
+    named = {name for options in OTHER_THAN_DEFAULT for name in options}
+    assert named == set(DiffusionOptions.names()) - {"unmasking_rule"}, "which is an object"
     assert all(getattr(defaults, name) != value for options in OTHER_THAN_DEFAULT for name, value in options.items())
 
 
@@ -211,7 +246,8 @@ def test_options_survive_a_generation_config_file(tmp_path, options):
     for name, value in options.items():
         setattr(config, name, value)
     config.save_pretrained(tmp_path)
-    assert DiffusionOptions.read(GenerationConfig.from_pretrained(tmp_path)) == DiffusionOptions(**options)
+    settings = METHODS.get(options.get("method"), {})
+    assert DiffusionOptions.read(GenerationConfig.from_pretrained(tmp_path)) == DiffusionOptions(**settings, **options)
 
 
 def test_a_generation_config_without_our_options_gives_the_defaults():
@@ -227,9 +263,9 @@ def test_options_read_from_a_generation_config_are_checked():
 
 @pytest.mark.parametrize("name", DiffusionOptions.names())
 def test_an_option_is_documented_with_its_default(name):
-    assert f"\n        {name} (`" in DiffusionOptions.__doc__
+    assert f"\n        {name} (" in DiffusionOptions.__doc__
     default = getattr(DiffusionOptions(), name)
-    line = next(line for line in DiffusionOptions.__doc__.splitlines() if line.startswith(f"        {name} (`"))
+    line = next(line for line in DiffusionOptions.__doc__.splitlines() if line.startswith(f"        {name} ("))
     if default is None:
         assert "defaults to" not in line
     else:
@@ -243,3 +279,26 @@ def test_no_option_clashes_with_one_of_the_hosts():
 
 def test_the_names_of_other_implementations_are_none_of_ours():
     assert not set(PEER_NAMES) & set(DiffusionOptions.names())
+
+
+# Named methods
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_sets_only_what_makes_a_method(name):
+    assert set(METHODS[name]) <= set(METHOD_OPTIONS)
+    DiffusionOptions(method=name, **METHODS[name] | ({"delimiter_token_ids": 3} if name == "adablock" else {}))
+
+
+def test_a_method_of_a_config_fills_in_what_the_config_leaves_open():
+    config = GenerationConfig()
+    config.method, config.confidence_threshold = "fast-dllm-dual", 0.5
+    options = DiffusionOptions.read(config)
+    assert (options.window_policy, options.confidence_threshold) == ("dual", 0.5)
+
+
+def test_a_method_as_a_keyword_replaces_all_options_that_make_one():
+    keywords = DiffusionOptions.expand({"method": "llada", "steps": 8})
+    assert set(METHOD_OPTIONS) <= set(keywords)
+    assert keywords["steps"] == 8 and keywords["schedule"] == "uniform" and keywords["confidence_threshold"] is None
+    assert DiffusionOptions.expand({"steps": 8}) == {"steps": 8}
