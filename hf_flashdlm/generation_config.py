@@ -358,7 +358,7 @@ def check_part(name: str, part) -> None:
             )
     for method, arguments in methods.items():
         try:
-            inspect.signature(getattr(part, method)).bind(*arguments)
+            inspect.signature(part if method == "__call__" else getattr(part, method)).bind(*arguments)
         except TypeError:
             asked = f"{'' if method == '__call__' else method}({', '.join(arguments)})"
             raise ValueError(

@@ -5,6 +5,7 @@ the parts, streaming and the output. Everything else, configuration merging, spe
 criteria, length and typo checks, stays the host's. Knows nothing of how a step chooses tokens.
 """
 
+import copy
 import inspect
 import time
 from contextlib import nullcontext
@@ -389,7 +390,7 @@ def _guider(guider, options: DiffusionOptions):
             f"{type(guider).__name__} without `{missing[0]}`: load a model with "
             "`AutoModelForCausalLM.from_pretrained`."
         )
-    return guider
+    return copy.copy(guider)  # what it sets on itself belongs to this call
 
 
 def _pad_token_id(generation_config: GenerationConfig) -> int:
