@@ -13,7 +13,7 @@ import hf_flashdlm
 
 PACKAGE = Path(hf_flashdlm.__file__).parent
 # By path in the package: "cache", "bench/demo", "hub/__init__".
-MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
+MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 ENTRIES = ("generate", "modeling_dream", "modeling_llada")
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
@@ -68,8 +68,8 @@ def imports(name):
             parts = [*name.split("/")[: -node.level], *(node.module or "").split(".")]
             target = "/".join(filter(None, parts))
             inner = ["/".join(filter(None, (target, alias.name))) for alias in node.names]
-            folder = "/".join(filter(None, (target, "__init__")))
-            found.update([target] if target in MODULES else [one if one in MODULES else folder for one in inner])
+            package = "/".join(filter(None, (target, "__init__")))
+            found.update([target] if target in MODULES else [one if one in MODULES else package for one in inner])
     return found
 
 
