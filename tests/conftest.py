@@ -32,6 +32,26 @@ hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, d
 hypothesis.settings.load_profile("suite")
 
 
+# What starts processes, servers or compilers: marked `heavy`.
+HEAVY = {
+    "hub",
+    "test_ablation",
+    "test_bench",
+    "test_chat",
+    "test_cli",
+    "test_compile",
+    "test_demo",
+    "test_readme",
+    "test_serve",
+}
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if HEAVY & {item.path.stem, item.path.parent.name}:
+            item.add_marker(pytest.mark.heavy)
+
+
 @pytest.fixture(scope="session")
 def tiny():
     """`tiny(name)` is the model of `tests/goldens/model_<name>`, loaded once; no test may change it."""
