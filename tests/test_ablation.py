@@ -19,13 +19,13 @@ from hf_flashdlm.tiny import FOLDER as TINY
 
 
 def test_every_row_of_the_ablation_has_options_that_generate_takes():
-    table = settings(64, 8, ["small", "large"])
+    table = settings(64, 8, ["small", "large"], [200])
     for setting in table:
         options = setting.recipe.options
         ours = {
             name: options[name] for name in options.keys() - {"do_sample", "temperature"}
         }  # the rest is the host's
-        DiffusionOptions(**ours).blocks(64)
+        DiffusionOptions(**ours).tiling(64)
         ARGuider(None, **setting.recipe.rule)
     names = [(setting.group, setting.recipe.name) for setting in table]
     assert len(set(names)) == len(names), "a row could not be told from another"
@@ -40,7 +40,11 @@ def test_every_row_of_the_ablation_has_options_that_generate_takes():
 
 
 def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, capsys):
-    short = [one for one in settings(8, 8, ["guider"]) if one.recipe.name in ("plain", "EOS", "plain, block 8", "V 4")]
+    short = [
+        one
+        for one in settings(8, 8, ["guider"], [200])
+        if one.recipe.name in ("plain", "EOS", "plain, block 8", "V 4")
+    ]
     monkeypatch.setattr(ablation, "settings", lambda *_: short)
     path = tmp_path / "ablation.json"
     arguments = ["--ablate", "--problems", "2", "--new-tokens", "8", "--json", str(path), "--device", "cpu"]
@@ -68,7 +72,7 @@ def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, c
 
 
 def test_rows_that_draw_are_over_all_seeds_and_a_guider_alone_needs_no_model(bench, tmp_path, monkeypatch):
-    table = settings(8, 8, ["guider"])
+    table = settings(8, 8, ["guider"], [200])
     short = [one for one in table if one.recipe.name in ("plain", "guider, temperature 1.0", "guider")]
     short = [one for one in short if one.group in ("parts", "sampling", "guider alone")]
     assert [one.seeds for one in short] == [(0,), (0,), (0, 1, 2), (0,)]
@@ -102,7 +106,7 @@ def test_a_seed_decides_what_is_drawn_and_a_guider_alone_is_the_hosts_greedy_dec
     checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
     models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, torch.device("cpu"), "float32")
     workload = problem_workload(checkpoint, 2, 2, 0, {"max_new_tokens": 24})
-    table = {(one.group, one.recipe.name): one for one in settings(24, 8, ["guider"])}
+    table = {(one.group, one.recipe.name): one for one in settings(24, 8, ["guider"], [200])}
     recipe = table["sampling", "threshold, temperature 1.0"].recipe
     texts = []
     for seed in (0, 0, 1):

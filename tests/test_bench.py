@@ -194,7 +194,7 @@ def test_the_plots_are_written(bench, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "Agg")
     bench(*SHORT, "--methods", "plain,guided", "--plot", str(tmp_path / "bench.png"))
-    short = settings(8, 8, ["guider"])[:6]
+    short = settings(8, 8, ["guider"], [200])[:6]
     monkeypatch.setattr(ablation, "settings", lambda *_: short)
     bench("--ablate", "--problems", "1", "--new-tokens", "8", "--plot", str(tmp_path), "--device", "cpu")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bench.png", "pareto.png", "seconds.png"]
@@ -318,7 +318,7 @@ def test_the_script_for_a_gpu_measures_each_case_once(tmp_path, small):
     for call in calls:
         args = parser.parse_args(call.split())
         assert set(args.methods) <= set(recipes(1, 1))
-        DiffusionOptions(steps=args.steps or args.new_tokens, block_length=32).blocks(args.new_tokens)
+        DiffusionOptions(steps=args.steps or args.new_tokens, block_length=32).tiling(args.new_tokens)
     sizes = {(args.prompt_length, args.new_tokens) for args in (parser.parse_args(call.split()) for call in calls)}
     assert small or {(128, 256), (128, 1024), (1024, 256), (1024, 1024), (32512, 256)} == sizes
 

@@ -10,6 +10,7 @@ from hf_flashdlm.bench import demo
 from hf_flashdlm.bench.decoding import Recipe
 from hf_flashdlm.bench.demo import Measurement, Settings
 from hf_flashdlm.bench.run import binomial_interval
+from hf_flashdlm.methods import METHODS
 from hf_flashdlm.tiny import FOLDER, final_number, sample_problems
 
 
@@ -61,8 +62,8 @@ def test_the_two_baselines_are_named_and_plain(run):
     record, _ = run
     full_canvas, eos_stop = record["methods"][:2]
     assert record["baselines"] == {"full_canvas": full_canvas["name"], "eos_stop": eos_stop["name"]}
-    assert full_canvas["options"] == {"window_policy": "none", "steps": 64, "stop_at_eos": False}
-    assert eos_stop["options"] == {"window_policy": "none", "steps": 64}
+    assert full_canvas["options"] == METHODS["llada"] | {"stop_at_eos": False}
+    assert eos_stop["options"] == METHODS["llada"]
     assert full_canvas["nfe"] == 64
     assert full_canvas["speed_over_full_canvas"] == eos_stop["speed_over_eos_stop"] == 1
 

@@ -46,7 +46,8 @@ def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, n
     described = describe_models(models)
     known = read_rows(args.json)
     rest = {"shared": shared, "models": described, "rows": []}
-    table = settings(shared["new_tokens"], shared["block_length"], list(models.guiders))
+    line_break = models.checkpoint.tokenizer.encode("\n", add_special_tokens=False)
+    table = settings(shared["new_tokens"], shared["block_length"], list(models.guiders), line_break)
     table = [one for one in table if not one.is_alone or can_decode(models, one.recipe.guider)]
     run(models, table[0].recipe, workload.start())  # warm-up
     for index, setting in enumerate(table, 1):

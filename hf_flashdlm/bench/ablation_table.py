@@ -8,15 +8,16 @@ from dataclasses import dataclass
 
 import torch
 
+from ..methods import METHODS
 from .decoding import Models, Recipe
 
 
 # The parts, and what they ask of `generate` and of the guider.
 PARTS = {
     "EOS": ({"stop_at_eos": True}, {}),
-    "FreeCache": ({"window_policy": "freecache"}, {}),
+    "FreeCache": (METHODS["flashdlm"], {}),
     "window": ({"right_window": 16}, {}),
-    "threshold": ({"confidence_threshold": 0.9}, {}),
+    "threshold": ({"confidence_threshold": METHODS["fast-dllm"]["confidence_threshold"]}, {}),
     "guider": ({}, {}),
     "union": ({}, {"combine": "union"}),
     "intersection": ({}, {"combine": "intersection", "confidence_threshold": 0.5}),
@@ -56,6 +57,8 @@ PART_COMBINATIONS = (
 )
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 64)
 SHORT_BLOCKS = (2, 4, 8)  # where decoding without a guider is accurate
+ADAPTIVE_LENGTHS = (4, 8, 16)
+DELIMITER_THRESHOLDS = (0.3, 0.5, 0.9)
 RIGHT_WINDOWS = (8, 16, 32)
 TOP_KS = (1, 2, 3, 5)
 RELATIVE_THRESHOLDS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -116,7 +119,7 @@ def combine(parts: str, block_length: int, new_tokens: int, guider: str) -> Reci
     return Recipe(" + ".join(names) or "plain", options, guider if "guider" in names else None, rule)
 
 
-def settings(new_tokens: int, block_length: int, guiders: list[str]) -> list[Setting]:
+def settings(new_tokens: int, block_length: int, guiders: list[str], line_break: list[int]) -> list[Setting]:
     r"""
     The table.
 
@@ -124,6 +127,7 @@ def settings(new_tokens: int, block_length: int, guiders: list[str]) -> list[Set
         new_tokens (`int`): Length of the canvas behind the prompt.
         block_length (`int`): Where it is not the setting's own.
         guiders (`list[str]`): Names of the guiders; the first judges where their size is not the question.
+        line_break (`list[int]`): Token ids at which an adaptive block may end.
     """
 
     def setting(group, name, parts, options=None, rule=None, *, guider: str = guiders[0], seeds=(0,)) -> Setting:
@@ -134,6 +138,7 @@ def settings(new_tokens: int, block_length: int, guiders: list[str]) -> list[Set
     return [
         *(setting("parts", "", parts) for parts in PART_COMBINATIONS),
         *(setting(*row) for row in block_rows(new_tokens)),
+        *(setting(*row) for row in adaptive_rows(new_tokens, line_break)),
         *(setting(*row) for row in rule_rows()),
         *(setting(*row, guider=name) for name in guiders for row in size_rows(name)),
         *(setting(*row, seeds=SEEDS) for row in sampling_rows()),
@@ -170,6 +175,19 @@ def block_rows(new_tokens: int):
         window = {"right_window": width}
         yield "right window", f"threshold, window {width}", "EOS FreeCache window threshold", window
         yield "right window", f"guider, window {width}", "EOS FreeCache window guider", window
+
+
+def adaptive_rows(new_tokens: int, line_break: list[int]):
+    """Group, name, parts and options of the settings of blocks that end at a line break."""
+    for length in (one for one in ADAPTIVE_LENGTHS if one <= new_tokens):
+        block = {"block_length": length}
+        adaptive = block | {"blocks": "adaptive", "delimiter_token_ids": line_break}
+        dual = {"window_policy": METHODS["adablock"]["window_policy"]}
+        yield "adaptive blocks", f"fixed, dual, block {length}", "EOS threshold", block | dual
+        yield "adaptive blocks", f"adaptive, dual, block {length}", "EOS threshold", adaptive | dual
+        for bar in DELIMITER_THRESHOLDS:
+            options = adaptive | {"delimiter_threshold": bar}
+            yield "adaptive blocks", f"adaptive {bar}, block {length}", "EOS FreeCache threshold", options
 
 
 def rule_rows():

@@ -15,6 +15,7 @@ from rich.text import Text
 from ..console.checkpoint import Checkpoint, Continuation
 from ..console.display import mask_character
 from ..guider import ARGuider
+from ..methods import METHODS
 from ..tiny import FOLDER, GUIDANCE, Problem, final_number, sample_problems
 from .decoding import Recipe
 from .machine import describe_machine, versions
@@ -110,13 +111,12 @@ def run_demo(settings: Settings, console: Console) -> dict:
 
 def compared_methods(guider: ARGuider | None) -> list[Recipe]:
     """The rows of the table: the two baselines, then the cache, then what writes several tokens at once."""
-    one_by_one = {"steps": PROBLEM_TOKENS}
     return [
-        Recipe("plain, full canvas", {"window_policy": "none", "stop_at_eos": False} | one_by_one),
-        Recipe("plain, EOS stop", {"window_policy": "none"} | one_by_one),
-        Recipe("FreeCache", {"window_policy": "freecache"} | one_by_one),
-        Recipe("FreeCache + p>=0.9", {"window_policy": "freecache", "confidence_threshold": 0.9}),
-        Recipe("FreeCache + guider", {"window_policy": "freecache", "guider": guider}),
+        Recipe("plain, full canvas", METHODS["llada"] | {"stop_at_eos": False}),
+        Recipe("plain, EOS stop", METHODS["llada"]),
+        Recipe("FreeCache", METHODS["freecache"]),
+        Recipe("FreeCache + p>=0.9", METHODS["flashdlm"]),
+        Recipe("FreeCache + guider", METHODS["flashdlm"] | {"guider": guider}),
     ]
 
 

@@ -9,34 +9,39 @@ from pathlib import Path
 
 import torch
 
+from ..methods import METHODS
 from .decoding import Models, Recipe
 
 
 def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
     """The methods that can be compared, by name; the first two are the baselines."""
-    plain = {"window_policy": "none", "steps": steps}
     one = {"steps": steps}
-    sure = {"confidence_threshold": 0.9}
+    sure = METHODS["fast-dllm"]
     window = {"right_window": 2 * block_length}
     both = {"combine": "intersection", "confidence_threshold": 0.5}
+
+    def of(method: str, changes: dict) -> dict:
+        """The settings of a published method, without its own rule, and `changes`."""
+        return {"window_policy": METHODS[method]["window_policy"]} | changes
+
     table = [
-        Recipe("plain", plain | {"stop_at_eos": False}),
-        Recipe("plain-eos", plain),
-        Recipe("prefix", one | {"window_policy": "prefix"}),
-        Recipe("dual", one | {"window_policy": "dual"}),
-        Recipe("dkv", one | {"window_policy": "dkv"}),
-        Recipe("freecache", one | {"window_policy": "freecache"}),
-        Recipe("freecache+window", one | {"window_policy": "freecache"} | window),
-        Recipe("plain+threshold", sure | {"window_policy": "none"}),
-        Recipe("prefix+threshold", sure | {"window_policy": "prefix"}),
-        Recipe("dual+threshold", sure | {"window_policy": "dual"}),
-        Recipe("freecache+threshold", sure | {"window_policy": "freecache"}),
-        Recipe("freecache+window+threshold", sure | {"window_policy": "freecache"} | window),
-        Recipe("guided", {"window_policy": "freecache"}, "guider"),
-        Recipe("guided+window", {"window_policy": "freecache"} | window, "guider"),
-        Recipe("guided+union", {"window_policy": "freecache"}, "guider", {"combine": "union"}),
-        Recipe("guided+intersection", {"window_policy": "freecache"}, "guider", both),
-        Recipe("guided+window+intersection", {"window_policy": "freecache"} | window, "guider", both),
+        Recipe("plain", of("llada", one | {"stop_at_eos": False})),
+        Recipe("plain-eos", of("llada", one)),
+        Recipe("prefix", of("fast-dllm-prefix", one)),
+        Recipe("dual", of("fast-dllm-dual", one)),
+        Recipe("dkv", of("dkv-cache", one)),
+        Recipe("freecache", of("freecache", one)),
+        Recipe("freecache+window", of("freecache", one | window)),
+        Recipe("plain+threshold", sure),
+        Recipe("prefix+threshold", METHODS["fast-dllm-prefix"]),
+        Recipe("dual+threshold", METHODS["fast-dllm-dual"]),
+        Recipe("freecache+threshold", sure | METHODS["flashdlm"]),
+        Recipe("freecache+window+threshold", sure | METHODS["flashdlm"] | window),
+        Recipe("guided", METHODS["flashdlm"], "guider"),
+        Recipe("guided+window", METHODS["flashdlm"] | window, "guider"),
+        Recipe("guided+union", METHODS["flashdlm"], "guider", {"combine": "union"}),
+        Recipe("guided+intersection", METHODS["flashdlm"], "guider", both),
+        Recipe("guided+window+intersection", METHODS["flashdlm"] | window, "guider", both),
         Recipe("ar", loop=decode_twin, speaks=False),
     ]
     return {recipe.name: recipe for recipe in table}
