@@ -20,7 +20,7 @@ class _Target:
 
     start: int = 0
     stop: int | None = None  # exclusive; `None`: as many positions as there are queries
-    positions: torch.LongTensor | None = None  # (B, N), in place of start and stop where the rows differ
+    positions: torch.Tensor | None = None  # (B, N), in place of start and stop where the rows differ
     attended: int | None = None  # number of leading keys that the queries see; `None`: all computed so far
     computed: int = 0  # number of leading positions whose states have been computed
     canvas_length: int | None = None  # length of the buffers; `None`: what the first forward covers
@@ -94,7 +94,7 @@ class FreeCacheLayer(DynamicLayer):
         if self.is_initialized:
             self.keys, self.values = (_select_rows(states, indices) for states in (self.keys, self.values))
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
 
@@ -135,7 +135,7 @@ class FreeCache(DynamicCache):
         Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))
 
     @property
-    def frozen_length(self) -> torch.LongTensor:
+    def frozen_length(self) -> torch.Tensor:
         """How many leading positions are frozen, of shape `(batch_size,)` or `(1,)` where all rows agree."""
         return torch.tensor(self.frozen)
 
@@ -160,7 +160,7 @@ class FreeCache(DynamicCache):
         self.target.start, self.target.stop, self.target.positions = lo, hi, None
         self.target.attended = attended
 
-    def scatter(self, positions: torch.LongTensor, attended: int | None = None) -> None:
+    def scatter(self, positions: torch.Tensor, attended: int | None = None) -> None:
         """
         The next forward recomputes a set of canvas positions of its own for each row.
 
@@ -186,7 +186,7 @@ class FreeCache(DynamicCache):
         """Freeze nothing any more, so that the next forward can refresh what was frozen."""
         self.frozen = [0]
 
-    def freeze(self, length: int | list[int] | torch.LongTensor) -> None:
+    def freeze(self, length: int | list[int] | torch.Tensor) -> None:
         """
         Freeze the positions `[0, length)`: no later forward may rewrite them.
 
@@ -240,7 +240,7 @@ class FreeCache(DynamicCache):
         super().batch_repeat_interleave(repeats)
         self._select(lambda numbers: [number for number in numbers for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` of the batch, in that order."""
         super().batch_select_indices(indices)
         self._select(lambda numbers: [numbers[index] for index in indices.tolist()])
@@ -248,7 +248,7 @@ class FreeCache(DynamicCache):
     def _select(self, rows: Callable) -> None:
         self.frozen, self.lowest = (rows(one) if len(one) > 1 else one for one in (self.frozen, self.lowest))
 
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
 
     def reset(self) -> None:
@@ -259,7 +259,7 @@ class FreeCache(DynamicCache):
         self.target.computed = 0
 
 
-def _select_rows(states: torch.Tensor, indices: torch.LongTensor) -> torch.Tensor:
+def _select_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
     """The rows `indices` of `states`: in place, where rows from behind them take the places of others."""
     moved = [(place, index) for place, index in enumerate(indices.tolist()) if place != index]
     if any(index < len(indices) for _, index in moved):

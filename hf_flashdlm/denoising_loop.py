@@ -12,6 +12,7 @@ forward, and one transfer per step, of the drafts and their confidence, keeps th
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from math import inf
+from typing import Protocol
 
 import torch
 
@@ -59,11 +60,11 @@ class Row:
 class DenoisingState:
     """The canvas and where its rows stand; a step changes both."""
 
-    canvas: torch.LongTensor  # (B, L) token ids, masks included
+    canvas: torch.Tensor  # (B, L) token ids, masks included
     rows: list[Row]
 
     @classmethod
-    def start(cls, canvas: torch.LongTensor, mask_token_id: int, prompt_length: int, history: int) -> "DenoisingState":
+    def start(cls, canvas: torch.Tensor, mask_token_id: int, prompt_length: int, history: int) -> "DenoisingState":
         """The state before the first step, for a canvas `(B, L)` with at least one mask in every row."""
         rows = []
         for index, tokens in enumerate(canvas.tolist()):
@@ -76,10 +77,12 @@ class DenoisingState:
         length = self.canvas.shape[1]
         places = [length * index + position for index, row in enumerate(self.rows) for position in row.written]
         tokens = [row.tokens[position] for row in self.rows for position in row.written]
-        places, tokens = (torch.tensor(one, dtype=torch.long).to(self.canvas.device) for one in (places, tokens))
-        self.canvas = self.canvas.put(places, tokens)  # not in place: who was shown the old one may have kept it
+        index, source = (
+            torch.tensor(numbers, dtype=torch.long).to(self.canvas.device) for numbers in (places, tokens)
+        )
+        self.canvas = self.canvas.put(index, source)  # not in place: a streamer or processor may hold the old canvas
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         self.canvas = self.canvas[indices.to(self.canvas.device)]
         self.rows = [self.rows[index] for index in indices.tolist()]
@@ -103,13 +106,38 @@ class Method:
     rule: UnmaskingRule = MostConfident()
 
 
+class Scorer(Protocol):
+    """Scores canvas positions with one forward of a model, see [`Denoiser`]."""
+
+    def __call__(
+        self, canvas: torch.Tensor, windows: list[Window], positions: list[range], frontier: list[int]
+    ) -> tuple[torch.Tensor, list[int]]: ...
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
+
+
+class ScoreProcessor(Protocol):
+    """Changes or refuses scores, see [`CanvasProcessors`]."""
+
+    def __call__(
+        self,
+        canvas: torch.Tensor,
+        scores: torch.Tensor,
+        positions: list[range],
+        frontier: list[int],
+        candidate: list[bytearray],
+    ) -> torch.Tensor: ...
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None: ...
+
+
 def denoise(
     state: DenoisingState,
-    denoiser: Callable,
+    denoiser: Scorer,
     method: Method,
-    processors: Callable,
-    drafter: Callable,
-    after_step: Callable,
+    processors: ScoreProcessor,
+    drafter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    after_step: Callable[[DenoisingState], list[bool]],
 ) -> None:
     r"""
     Unmask the canvas, step by step, until every row is finished.
@@ -122,11 +150,9 @@ def denoise(
 
     Args:
         state ([`DenoisingState`]): From [`DenoisingState.start`].
-        denoiser (`Callable`): `(canvas, windows, positions, frontier) -> (scores (B, N, V), query positions computed
-            in each row)`, with `batch_select_indices`, see [`Denoiser`]. Positions are a range for each row.
+        denoiser ([`Scorer`]): Returns scores of shape `(B, N, V)` and the query positions computed in each row.
         method ([`Method`]): The parts that decide.
-        processors (`Callable`): `(canvas, scores, positions=, frontier=, candidate=) -> scores`, with
-            `batch_select_indices`, see [`CanvasProcessors`].
+        processors ([`ScoreProcessor`]): Return scores of the same shape.
         drafter (`Callable`): `scores -> (token ids, confidence)`, both `(B, N)`; `-inf` refuses a position.
         after_step (`Callable`): Is shown the state after each step and returns for each row whether it is finished.
 
@@ -156,11 +182,12 @@ def denoise(
         finished = after_step(state)
         if any(finished):
             unfinished = _unfinished(finished)
-            for part in (state, denoiser, processors):
-                part.batch_select_indices(unfinished)
+            state.batch_select_indices(unfinished)
+            denoiser.batch_select_indices(unfinished)
+            processors.batch_select_indices(unfinished)
 
 
-def _transfer(token_ids: torch.LongTensor, confidence: torch.Tensor, entropy: torch.Tensor | None) -> list:
+def _transfer(token_ids: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor | None) -> list:
     """Drafts, their confidence and the entropy, where it is measured, as numbers: the one transfer of a step."""
     numbers = [token_ids, confidence] if entropy is None else [token_ids, confidence, entropy]
     return torch.stack([one.to(confidence.dtype) for one in numbers]).tolist()  # a token id is exact as a float, too
@@ -230,7 +257,7 @@ def _chosen(rule: UnmaskingRule, drafts: Drafts, row: Row) -> list[int]:
     return chosen or (drafts.ranked()[:1] if drafts.quota > 0 else [])
 
 
-def _unfinished(finished: list[bool]) -> torch.LongTensor:
+def _unfinished(finished: list[bool]) -> torch.Tensor:
     """The unfinished rows, the last of them in the places of those that leave: a cache has few states to move."""
     count = finished.count(False)
     last = [index for index, one in enumerate(finished) if not one and index >= count]

@@ -37,13 +37,13 @@ class DiffusionGenerationOutput(ModelOutput):
             Share of the time of the whole decode spent in the guider, on a GPU in launching it. Only with a guider.
     """
 
-    sequences: torch.LongTensor | None = None
-    nfe: torch.LongTensor | None = None
-    tokens_per_forward: torch.FloatTensor | None = None
-    active_tokens: torch.LongTensor | None = None
-    guider_forwards: torch.LongTensor | None = None
-    drafts_judged: torch.LongTensor | None = None
-    drafts_accepted: torch.LongTensor | None = None
+    sequences: torch.Tensor | None = None
+    nfe: torch.Tensor | None = None
+    tokens_per_forward: torch.Tensor | None = None
+    active_tokens: torch.Tensor | None = None
+    guider_forwards: torch.Tensor | None = None
+    drafts_judged: torch.Tensor | None = None
+    drafts_accepted: torch.Tensor | None = None
     accepted_lengths: list[list[int]] | None = None
-    gate_closed_at: torch.LongTensor | None = None
+    gate_closed_at: torch.Tensor | None = None
     guider_time_share: float | None = None

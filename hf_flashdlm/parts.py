@@ -74,7 +74,7 @@ def _blocks(options: DiffusionOptions, block_length: int, num_new: int) -> Block
         return FixedBlocks(block_length)
     if options.blocks != "adaptive":
         return options.blocks
-    ids, threshold = options.delimiter_token_ids, options.delimiter_threshold
+    ids, threshold = options.delimiter_token_ids or [], options.delimiter_threshold
     return AdaptiveBlocks(
         block_length,
         frozenset([ids] if isinstance(ids, int) else ids),

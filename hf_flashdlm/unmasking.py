@@ -24,7 +24,7 @@ def draft(
     mask_token_id: int,
     temperature: float | None = None,
     generator: torch.Generator | None = None,
-) -> tuple[torch.LongTensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
     The token drafted at each position and its probability.
 
@@ -37,8 +37,8 @@ def draft(
 
     Returns:
         `tuple`: token ids and their probabilities at temperature 1, both of shape `(batch_size, num_positions)`;
-        `-inf` where the position is refused. The probabilities are in float64, where those near 1 keep their order;
-        nothing over the vocabulary is.
+        `-inf` where the position is refused. Probabilities are float64, so that values near 1 keep their order; no
+        tensor of the vocabulary's size is.
     """
     others = scores.clone()
     others.select(-1, mask_token_id).fill_(-torch.inf)
@@ -72,7 +72,7 @@ def margin(scores: torch.Tensor) -> torch.Tensor:
 class Confidence(Protocol):
     """Says how sure a model is of its drafts, an argument of `generate` as `confidence=`."""
 
-    def __call__(self, scores: torch.Tensor, token_ids: torch.LongTensor, probability: torch.Tensor) -> torch.Tensor:
+    def __call__(self, scores: torch.Tensor, token_ids: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
         r"""
         Args:
             scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Processed logits in float32.
@@ -107,7 +107,7 @@ class Drafter:
     temperature: float | None = None
     generator: torch.Generator | None = None
 
-    def __call__(self, scores: torch.Tensor) -> tuple[torch.LongTensor, torch.Tensor]:
+    def __call__(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and confidence, both `(batch_size, num_positions)`; `-inf` where the position is refused."""
         token_ids, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
         confidence = probability
@@ -117,21 +117,22 @@ class Drafter:
         elif self.confidence == "random":
             confidence = torch.rand(probability.shape, generator=self.generator, device=scores.device)
         elif not isinstance(self.confidence, str):
-            confidence = self._ask(scores, token_ids, probability)
+            confidence = self._ask(self.confidence, scores, token_ids, probability)
         if self.position_temperature:
             confidence = confidence / self.position_temperature + gumbel(confidence, self.generator)
         if confidence is not probability:
             confidence = confidence.masked_fill(probability == -torch.inf, -torch.inf)
         return token_ids, confidence
 
-    def _ask(self, scores, token_ids, probability) -> torch.Tensor:
-        confidence = self.confidence(scores, token_ids, probability)
+    @staticmethod
+    def _ask(measure: Confidence, scores, token_ids, probability) -> torch.Tensor:
+        confidence = measure(scores, token_ids, probability)
         shape = getattr(confidence, "shape", None)
         if shape != probability.shape:
             raise ValueError(
                 f"`confidence` must return a tensor of shape {tuple(probability.shape)}, a number for each position, "
                 f"got {type(confidence).__name__ if shape is None else tuple(shape)} from "
-                f"{type(self.confidence).__name__}."
+                f"{type(measure).__name__}."
             )
         return confidence.to(probability.dtype)
 

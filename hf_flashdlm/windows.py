@@ -4,7 +4,7 @@ Owns the table "cache method -> [lo, hi)". Knows nothing of models, logits or ho
 a row stands and answers with positions.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 
@@ -59,7 +59,7 @@ class WindowPolicy(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class FullWindow:
     r"""
     Recompute the whole canvas at every step: no cache.
@@ -78,7 +78,7 @@ class FullWindow:
         return Window(0, length, length, 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class BlockWindow:
     r"""
     Prefix and dual cache of Fast-dLLM (https://arxiv.org/abs/2505.22618, section 3.2): the first step of a block
@@ -100,7 +100,7 @@ class BlockWindow:
         return Window(row.block_start, row.block_stop if self.dual else length, length, 0)
 
 
-@dataclass(frozen=True)
+@dataclass
 class FreeCacheWindow:
     r"""
     FreeCache (https://arxiv.org/abs/2505.21467, algorithm 1): only the first forward covers the canvas; afterwards the
@@ -128,15 +128,12 @@ class FreeCacheWindow:
     growing: bool = False
     refresh_blocks: int | None = None
     refresh_entropy: float | None = None
+    history: int = field(init=False)
     synchronous: bool = False
+    needs_entropy: bool = field(init=False)
 
-    @property
-    def history(self) -> int:
-        return self.freeze_lag
-
-    @property
-    def needs_entropy(self) -> bool:
-        return self.refresh_entropy is not None
+    def __post_init__(self):
+        self.history, self.needs_entropy = self.freeze_lag, self.refresh_entropy is not None
 
     def __call__(self, row) -> Window:
         refresh = self._refresh(row)
@@ -157,7 +154,7 @@ class FreeCacheWindow:
         return row.nfe == 0 or enters or unsure
 
 
-@dataclass(frozen=True)
+@dataclass
 class DKVWindow:
     r"""
     dKV-Cache (https://arxiv.org/abs/2505.15781, section 3.3, "decode"): a step recomputes the positions that were
