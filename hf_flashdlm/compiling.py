@@ -8,6 +8,7 @@ import inspect
 from weakref import WeakKeyDictionary
 
 import torch
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
 
@@ -30,9 +31,15 @@ def device_of(model) -> torch.device:
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
+def unwrapped(model):
+    """The model of Transformers in a wrapper, such as an adapter's or that of `torch.compile`; else `model` itself."""
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return next((module for module in modules if isinstance(module, PreTrainedModel)), model)
+
+
 def cache_name(model) -> str:
     """The keyword under which the forward of `model` takes a cache: code outside of Transformers keeps its own."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = inspect.signature(unwrapped(model).forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in accepted), CACHE_NAME)
 
 

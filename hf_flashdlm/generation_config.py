@@ -146,7 +146,7 @@ class DiffusionOptions:
         refresh_steps (`int`, *optional*): dKV-Cache recomputes everything at every this many steps; by default 8.
         synchronize_blocks (`bool`, *optional*):
             Whether rows wait for each other before they enter a block. By default those of a batch do where the
-            window policy refreshes at blocks.
+            window policy refreshes at blocks. They never do with a guider whose drafts cross the border of a block.
         stop_at_eos (`bool`, *optional*, defaults to `True`):
             Whether a row ends at its first end token; otherwise it fills its canvas.
         mask_token_id (`int`, *optional*): By default `model.config.mask_token_id`.

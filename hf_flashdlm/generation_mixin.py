@@ -7,6 +7,7 @@ criteria, length and typo checks, stays the host's. Knows nothing of how a step 
 
 import copy
 import inspect
+import math
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from .denoising_loop import DenoisingState, denoise
 from .generation_config import PARTS, PEER_NAMES, DiffusionOptions
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider
+from .guider_reader import is_language_model
 from .parts import choose_parts
 from .stopping import RowEnds
 from .streaming import Stream
@@ -140,6 +142,8 @@ class FlashDLMGenerationMixin(GenerationMixin):
     ) -> DiffusionGenerationOutput | torch.LongTensor:
         """Hook 4 of 4: one call becomes one run of the loop."""
         started = time.perf_counter()
+        if not isinstance(generator, torch.Generator | None):
+            raise ValueError(f"`generator` must be a `torch.Generator`, got {type(generator).__name__}.")
         if generator is not None and not generation_config.do_sample:
             raise ValueError("`generator` is the source of randomness of `do_sample=True`, got do_sample=False.")
         _check_model(self)
@@ -301,6 +305,9 @@ def _split_guidance(logits_processor: LogitsProcessorList):
     """Take the host's classifier-free guidance, which runs the model itself, out of its processors."""
     kind = UnbatchedClassifierFreeGuidanceLogitsProcessor
     guidance = next((one for one in logits_processor if isinstance(one, kind)), None)
+    scale = 1 if guidance is None else guidance.guidance_scale
+    if isinstance(scale, str) or not -math.inf < scale < math.inf:
+        raise ValueError(f"`guidance_scale` must be a finite number, got {scale!r}.")
     return LogitsProcessorList(one for one in logits_processor if one is not guidance), guidance
 
 
@@ -381,16 +388,18 @@ def _guider(guider, options: DiffusionOptions):
             "`blocks='adaptive'` needs the probability of the drafts, which a `guider` replaces by its decision: drop "
             "one of them."
         )
-    if isinstance(guider, PreTrainedModel):
-        return ARGuider(guider)
+    if isinstance(guider, type):
+        raise ValueError(f"`guider` must be an object, got the class {guider.__name__}: make one of it.")
     missing = [name for name in CANVAS_PROCESSOR_MEMBERS if not hasattr(guider, name)]
+    if missing and isinstance(guider, torch.nn.Module) and is_language_model(guider):
+        return ARGuider(guider)  # in a wrapper or not
     if missing:
         raise ValueError(
             "`guider` must be an autoregressive model, an `ARGuider` or a `CanvasProcessor`, got "
             f"{type(guider).__name__} without `{missing[0]}`: load a model with "
             "`AutoModelForCausalLM.from_pretrained`."
         )
-    return copy.copy(guider)  # what it sets on itself belongs to this call
+    return copy.copy(guider)  # what `reset` makes on it belongs to this call
 
 
 def _pad_token_id(generation_config: GenerationConfig) -> int:

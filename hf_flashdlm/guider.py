@@ -5,13 +5,15 @@ or of how the autoregressive model keeps what it has read. Its form is a logits 
 """
 
 import math
+import time
+from collections.abc import Callable
 
 import torch
 
-from .compiling import device_of
+from .canvas_processors import CanvasProcessor
 from .guider_gate import Gate
-from .guider_reader import ARReader
-from .guider_text import Alignment, TextReader
+from .guider_reader import ARReader, check_vocabulary, is_language_model
+from .guider_text import Alignment, TextReader, end_ids
 from .unmasking import draft
 
 
@@ -19,7 +21,7 @@ ACCEPTANCE_RULES = ("top1", "topk", "topk_relative")
 COMBINATIONS = ("union", "intersection")
 
 
-class ARGuider(ARReader):
+class ARGuider(CanvasProcessor):
     r"""
     Judges the drafts of a diffusion model with an autoregressive one (Guided Diffusion of FlashDLM,
     https://arxiv.org/abs/2505.21467, section 4). It never supplies a token.
@@ -83,156 +85,157 @@ class ARGuider(ARReader):
         tokenizer=None,
         canvas_tokenizer=None,
     ):
-        super().__init__(model, num_drafts)
-        if accept not in ACCEPTANCE_RULES:
-            raise ValueError(f"`accept` must be one of {', '.join(ACCEPTANCE_RULES)}, got {accept!r}.")
-        if not isinstance(top_k, int) or top_k < 1:
-            raise ValueError(f"`top_k` must be a positive integer, got {top_k!r}.")
-        if not 0 <= relative_threshold <= 1:
-            raise ValueError(f"`relative_threshold` must lie between 0 and 1, got {relative_threshold!r}.")
-        if combine is not None and combine not in COMBINATIONS:
-            raise ValueError(f"`combine` must be one of {', '.join(COMBINATIONS)} or None, got {combine!r}.")
-        if not 0 <= confidence_threshold <= 1:
-            raise ValueError(f"`confidence_threshold` must lie between 0 and 1, got {confidence_threshold!r}.")
-        if gate not in (None, "auto"):
-            raise ValueError(f"`gate` must be 'auto' or None, got {gate!r}.")
-        self.top_k = 1 if accept == "top1" else top_k
-        relative = relative_threshold if accept == "topk_relative" else 0
-        self.log_threshold = math.log(relative) if relative > 0 else -math.inf
-        self.combine, self.confidence_threshold = combine, confidence_threshold
-        self.beyond_prefix = beyond_prefix
-        self.gate, self.cost_ratio = gate, cost_ratio
-        if (tokenizer is None) != (canvas_tokenizer is None):
-            raise ValueError(
-                "`tokenizer` and `canvas_tokenizer` must be given together, got one of them: the guider's and the "
-                "diffusion model's."
-            )
+        checked = _checked(
+            accept=accept,
+            top_k=top_k,
+            relative_threshold=relative_threshold,
+            num_drafts=num_drafts,
+            combine=combine,
+            confidence_threshold=confidence_threshold,
+            beyond_prefix=beyond_prefix,
+            gate=gate,
+            cost_ratio=cost_ratio,
+        )
+        accept, relative = checked["accept"], checked["relative_threshold"]
+        self.top_k = 1 if accept == "top1" else checked["top_k"]
+        self.log_threshold = math.log(relative) if accept == "topk_relative" and relative > 0 else -math.inf
+        self.num_drafts, self.beyond_prefix = checked["num_drafts"], checked["beyond_prefix"]
+        self.combine, self.confidence_threshold = checked["combine"], checked["confidence_threshold"]
+        self.gate, self.cost_ratio = checked["gate"], checked["cost_ratio"]
+        self.reads_text = _read_as_text(tokenizer, canvas_tokenizer)
         self.tokenizer, self.canvas_tokenizer = tokenizer, canvas_tokenizer
-        self.reads_text = tokenizer is not None and not _same_vocabulary(tokenizer, canvas_tokenizer)
+        self.model = _language_model(model)
 
     @property
     def lookahead(self) -> int | None:
         return None if self.beyond_prefix else self.num_drafts
 
-    @property
-    def shares_vocabulary(self) -> bool:
-        return self.tokenizer is not None
+    def reset(
+        self,
+        diffusion_model,
+        canvas_mask: torch.LongTensor,
+        mask_token_id: int,
+        temperature: float | None = None,
+        generator: torch.Generator | None = None,
+        compile_config=None,
+    ) -> None:
+        """
+        Begin a call, see [`CanvasProcessor`]: everything that the call changes is made here.
 
-    def reset(self, diffusion_model, *args, **kwargs) -> None:
-        """See [`ARReader.reset`]."""
-        super().reset(diffusion_model, *args, **kwargs)
-        self.text_reader = self._text_reader(diffusion_model) if self.reads_text else None
-        self.padding = (self.canvas_mask == 0).sum(1).cpu()  # of each row, before its text
+        Raises:
+            ValueError: If the guider has another vocabulary, too few positions, or no cache that can be cropped.
+        """
+        if self.tokenizer is None:
+            check_vocabulary(self.model, diffusion_model)
+        self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
+        if self.reads_text:
+            ends = [end_ids(diffusion_model, self.canvas_tokenizer), end_ids(self.model, self.tokenizer)]
+            alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends[0], self.tokenizer.eos_token_id)
+            self.reader = TextReader(self.model, alignment, canvas_mask, mask_token_id, ends[1], compile_config)
+        else:
+            self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
+        self.num_rows, self.rows = len(canvas_mask), torch.arange(len(canvas_mask))
+        self.padding = (canvas_mask == 0).sum(1).cpu()  # of each row, before its text
         # Of each step: the rows, which of them were asked, and the drafts judged and accepted, on the scores' device.
         self.counts = []
-        ratio = self.cost_ratio
-        if self.gate is not None and ratio is None:
-            ratio = self.model.num_parameters() / diffusion_model.num_parameters()
-        self.gates = None if self.gate is None else Gate(*self.canvas_mask.shape, ratio)
+        self.seconds = 0.0
+        self.gates = None
+        if self.gate is not None:
+            ratio = self.cost_ratio
+            if ratio is None:
+                ratio = self.model.num_parameters() / diffusion_model.num_parameters()
+            self.gates = Gate(self.num_rows, ratio)
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
-        super().batch_select_indices(indices)
-        self.padding = self.padding[indices]
-        if self.text_reader is not None:
-            self.text_reader.batch_select_indices(indices)
+        self.reader.batch_select_indices(indices)
+        self.rows, self.padding = self.rows[indices], self.padding[indices]
 
-    def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
-        asked = None  # all rows
+    def __call__(self, input_ids, scores, positions, frontier, candidate=None) -> torch.Tensor:
+        """
+        One step, see [`CanvasProcessor`]. By default the masked positions are candidates.
+
+        Returns:
+            `torch.Tensor`: Scores of the same shape.
+        """
+        started = time.perf_counter()
+        masked = input_ids == self.mask_token_id
+        if candidate is None:
+            candidate = masked.gather(1, positions.to(masked.device)).cpu()
+        asked = candidate.any(1)  # a row that waits for the others has nothing to judge
         if self.gates is not None:
-            asked = self.gates.ask(self.rows, positions, frontier, candidate)
-            if not asked.any():
-                return scores
-            candidate = candidate & asked[:, None]
-        if positions.shape[1] > self.num_drafts:
-            candidate = candidate & (positions < frontier[:, None] + self.num_drafts)
+            asked = self.gates.ask(self.rows, asked, masked)
+        if asked.any():
+            scores = self._judge(input_ids, scores, positions, frontier, candidate & asked[:, None], asked)
+        self.seconds += time.perf_counter() - started
+        return scores
+
+    def _judge(self, input_ids, scores, positions, frontier, candidate, asked) -> torch.Tensor:
+        """The scores of the rows `asked`, a bool per row, as the guider's verdict leaves them."""
+        # 1. The drafts that it is asked about, a few from the frontier on.
+        reach = min(self.num_drafts, positions.shape[1])
         drafts, probability = draft(scores, self.mask_token_id, self.temperature, self.generator)
-        judged = candidate.to(scores.device) & (probability > -torch.inf)
-        accepted = self._judge(input_ids, drafts, positions, frontier, asked)
+        judged = (candidate & (positions < frontier[:, None] + reach)).to(scores.device) & (probability > -torch.inf)
+        # The first position of a row has nothing before it to be judged by.
+        begins = (positions == self.padding[:, None]).to(scores.device) if (frontier <= self.padding).any() else None
+        readable = judged if begins is None else judged & ~begins
+        # 2. Its verdict on each of them.
+        accepted = self.reader.judge(input_ids, drafts, positions, frontier, readable, self._accept)
         if self.combine is not None:
             sure = probability >= self.confidence_threshold
             accepted = accepted | sure if self.combine == "union" else accepted & sure
-        if (frontier <= self.padding).any():
-            # The first position of a row has nothing before it to be judged by.
-            accepted = accepted & (positions > self.padding[:, None]).to(scores.device)
+        accepted = accepted & readable
+        # 3. The longest prefix that it accepts is written, and the first draft in any case.
         refused = (judged & ~accepted).cumsum(1)  # how many up to each position
         prefix = judged & (refused == 0)
         self.counts.append((self.rows, asked, judged, prefix))
-        # The first draft is written even if it is refused.
         written = prefix | (judged & (positions == frontier[:, None]).to(scores.device))
+        # 4. The verdict as scores.
         kept = torch.where(written, drafts, self.mask_token_id)
         decided = torch.full_like(scores, -torch.inf).scatter_(-1, kept[..., None], 0.0)
         if self.beyond_prefix:
-            left = (refused > 1) | ((refused == 1) & ~judged)  # behind the first refused position
+            left = (refused > 1) | ((refused == 1) & ~judged)  # after the first refused position
             decided = torch.where(left[..., None], scores, decided)
-        return decided if asked is None else torch.where(asked.to(scores.device)[:, None, None], decided, scores)
-
-    def _judge(self, input_ids, drafts, positions, frontier, asked) -> torch.BoolTensor:
-        """Whether each draft passes the acceptance rule, `(B, N)`, from one forward of the guider."""
-        if self.text_reader is None:
-            return self._accept(self._read(input_ids, drafts, positions, frontier, asked), drafts)
-        self._count_forward(asked)
-        stop = positions[:, 0] + (positions < frontier[:, None] + self.num_drafts).sum(1)
-        canvas = self._fill(input_ids, drafts, positions).tolist()
-        padding = self.padding.tolist()
-        rows = [row[pads:end] for row, pads, end in zip(canvas, padding, stop.tolist(), strict=True)]
-        accepted = self.text_reader.judge(rows, (frontier - self.padding).tolist(), self._accept)
-        in_row = (positions - self.padding[:, None]).tolist()
-        passed = [[position in one for position in row] for row, one in zip(in_row, accepted, strict=True)]
-        return torch.tensor(passed, device=input_ids.device)
-
-    def _text_reader(self, diffusion_model) -> TextReader:
-        ends = self._end_ids(diffusion_model) | {self.canvas_tokenizer.eos_token_id} - {None}
-        guider_ends = sorted(self._end_ids(self.model) | {self.tokenizer.eos_token_id} - {None})
-        self.guider_ends = torch.tensor(guider_ends, device=device_of(self.model), dtype=torch.long)
-        end = self.tokenizer.eos_token_id
-        alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends, end)
-        return TextReader(self.forward, alignment, len(self.rows))
-
-    @staticmethod
-    def _end_ids(model) -> set[int]:
-        ends = model.generation_config.eos_token_id
-        return set() if ends is None else set(ends) if isinstance(ends, list) else {ends}
+        return decided if asked.all() else torch.where(asked.to(scores.device)[:, None, None], decided, scores)
 
     def _accept(self, logits: torch.Tensor, ids: torch.LongTensor) -> torch.BoolTensor:
         """Whether tokens of shape `(...)` pass the acceptance rule, given the logits `(..., vocab_size)` for them."""
         known = ids < logits.shape[-1]  # a vocabulary may be padded to another size
         score = logits.gather(-1, ids.clamp_max(logits.shape[-1] - 1)[..., None])
-        if self.reads_text and len(self.guider_ends):  # any end token of the guider's stands for its end
-            is_end = torch.isin(ids, self.guider_ends)[..., None]
-            score = torch.where(is_end, logits[..., self.guider_ends].amax(-1, keepdim=True), score)
         better = (logits > score).sum(-1)
-        return known & (better < self.top_k) & (score.squeeze(-1) - logits.amax(-1) >= self.log_threshold)
+        is_likely = score.squeeze(-1) - logits.amax(-1) >= self.log_threshold
+        return known & (better < min(self.top_k, logits.shape[-1])) & is_likely
 
     def statistics(self, total_seconds: float) -> dict:
-        """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
-        judged = [0] * len(self.forwards)
+        """
+        Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`].
+
+        Raises:
+            ValueError: If the guider gave logits that are not finite.
+            RuntimeError: If the canvas was changed left of the frontier; waits for the device, as a step does not.
+        """
+        self.reader.check()
+        judged = [0] * self.num_rows
         lengths: list[list[int]] = [[] for _ in judged]
         # Steps differ in their width: only their sums can be brought over together, in one transfer.
         sums = [torch.stack([tried, passed]).sum(2) for *_, tried, passed in self.counts]
         counts = torch.cat(sums, 1).T.tolist() if sums else []
         for rows, asked, *_ in self.counts:
-            for index, row in enumerate(rows.tolist()):
+            for row, is_asked in zip(rows.tolist(), asked.tolist(), strict=True):
                 num_judged, num_accepted = counts.pop(0)
-                if asked is None or asked[index]:
+                if is_asked:
                     judged[row] += num_judged
                     lengths[row].append(num_accepted)
-        return super().statistics(total_seconds) | {
+        return {
+            "guider_forwards": torch.tensor([len(one) for one in lengths]),
             "drafts_judged": torch.tensor(judged),
             "drafts_accepted": torch.tensor([sum(one) for one in lengths]),
             "accepted_lengths": lengths,
             "gate_closed_at": None if self.gates is None else self.gates.closed_at,
+            "guider_time_share": self.seconds / total_seconds,
         }
 
 
-def _same_vocabulary(left, right) -> bool:
-    """Whether two tokenizers give the same ids, but for a few tokens that one of them adds, such as a mask token."""
-    left, right = left.get_vocab(), right.get_vocab()
-    shared = left.keys() & right.keys()
-    few = max(len(left), len(right)) // 100
-    return max(len(left), len(right)) - len(shared) <= few and all(left[token] == right[token] for token in shared)
-
-
-class ProductMixture(ARReader):
+class ProductMixture(CanvasProcessor):
     r"""
     Mixes the distributions of the two models, p(x) ~ p_diffusion(x)^weight * p_autoregressive(x)^(1 - weight), where
     the autoregressive model reads the drafts left of a position. Unlike [`ARGuider`] it moves the result towards the
@@ -245,15 +248,113 @@ class ProductMixture(ARReader):
     """
 
     def __init__(self, model, weight: float = 0.5, num_drafts: int = 32):
-        super().__init__(model, num_drafts)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"`weight` must lie between 0 and 1, got {weight!r}.")
-        self.weight = weight
+        checked = _checked(weight=weight, num_drafts=num_drafts)
+        self.weight, self.lookahead = checked["weight"], checked["num_drafts"]
+        self.model = _language_model(model)
 
-    def _process(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
+    def reset(  # noqa: D102, see CanvasProcessor
+        self, diffusion_model, canvas_mask, mask_token_id, temperature=None, generator=None, compile_config=None
+    ) -> None:
+        check_vocabulary(self.model, diffusion_model)
+        self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
+        self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
+        self.rows, self.forwards, self.seconds = torch.arange(len(canvas_mask)), [0] * len(canvas_mask), 0.0
+
+    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+        self.reader.batch_select_indices(indices)
+        self.rows = self.rows[indices]
+
+    def __call__(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
+        started = time.perf_counter()
         drafts, _ = draft(scores, self.mask_token_id, self.temperature, self.generator)
-        read = self._read(input_ids, drafts, positions, frontier).float()
+        read = self.reader.read(input_ids, drafts, positions, frontier, candidate).float()
+        self.reader.check()  # the loop would find no token to write, and not know why
         missing = scores.shape[-1] - read.shape[-1]  # cuts where negative
         read = torch.nn.functional.pad(read, (0, missing), value=-torch.inf).log_softmax(-1)
+        read = read.clamp_min(torch.finfo(read.dtype).min)  # which no weight of 0 makes a NaN
         mixed = self.weight * scores.log_softmax(-1) + (1 - self.weight) * read
+        for row in self.rows[candidate.any(1)].tolist():
+            self.forwards[row] += 1
+        self.seconds += time.perf_counter() - started
         return mixed.masked_fill(scores == -torch.inf, -torch.inf)  # what a processor forbids stays forbidden
+
+    def statistics(self, total_seconds: float) -> dict:
+        """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
+        return {"guider_forwards": torch.tensor(self.forwards), "guider_time_share": self.seconds / total_seconds}
+
+
+def _same_vocabulary(left, right) -> bool:
+    """Whether two tokenizers give the same ids, but for a few tokens that one of them adds, such as a mask token."""
+    left, right = left.get_vocab(), right.get_vocab()
+    shared = left.keys() & right.keys()
+    few = max(len(left), len(right)) // 100
+    return max(len(left), len(right)) - len(shared) <= few and all(left[token] == right[token] for token in shared)
+
+
+def _read_as_text(tokenizer, canvas_tokenizer) -> bool:
+    """Whether drafts have to be read as text, for two tokenizers or none; checked."""
+    for name, value in (("tokenizer", tokenizer), ("canvas_tokenizer", canvas_tokenizer)):
+        if value is not None and not hasattr(value, "get_vocab"):
+            raise ValueError(f"`{name}` must be a tokenizer, got {type(value).__name__}: load one, or drop it.")
+    if (tokenizer is None) != (canvas_tokenizer is None):
+        raise ValueError(
+            "`tokenizer` and `canvas_tokenizer` must be given together, got one of them: the guider's and the "
+            "diffusion model's."
+        )
+    return tokenizer is not None and not _same_vocabulary(tokenizer, canvas_tokenizer)
+
+
+def _language_model(model):
+    if not is_language_model(model):
+        raise ValueError(
+            f"`model` must be an autoregressive language model, got {_described(model)}: load one with "
+            "`AutoModelForCausalLM.from_pretrained`."
+        )
+    return model
+
+
+def _described(value) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def _is_positive(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_share(value, highest: float = 1) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and 0 <= value <= highest  # as NaN is not
+
+
+def _is_cost(value) -> bool:
+    return value is None or _is_share(value, torch.finfo(torch.float64).max)
+
+
+def _is_among(*choices: str | None) -> Callable:
+    return lambda value: isinstance(value, str | None) and value in choices
+
+
+# What each setting must be, and the words for it.
+_SETTINGS = {
+    "accept": (_is_among(*ACCEPTANCE_RULES), f"be one of {', '.join(ACCEPTANCE_RULES)}"),
+    "top_k": (_is_positive, "be a positive integer"),
+    "relative_threshold": (_is_share, "lie between 0 and 1"),
+    "num_drafts": (_is_positive, "be a positive integer"),
+    "combine": (_is_among(*COMBINATIONS, None), f"be one of {', '.join(COMBINATIONS)} or None"),
+    "confidence_threshold": (_is_share, "lie between 0 and 1"),
+    "beyond_prefix": (lambda value: isinstance(value, bool), "be True or False"),
+    "gate": (_is_among("auto", None), "be 'auto' or None"),
+    "cost_ratio": (_is_cost, "be a finite number of at least 0, or None"),
+    "weight": (_is_share, "lie between 0 and 1"),
+}
+
+
+def _checked(**settings) -> dict:
+    """The settings as Python values, where they came as scalars of numpy or torch."""
+    checked = {}
+    for name, value in settings.items():
+        fits, rule = _SETTINGS[name]
+        checked[name] = value.item() if getattr(value, "ndim", None) == 0 else value
+        if not fits(checked[name]):
+            raise ValueError(f"`{name}` must {rule}, got {value!r}.")
+    return checked

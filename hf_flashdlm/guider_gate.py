@@ -1,7 +1,6 @@
 """The gate of a guider: whether asking it pays.
 
-Owns the trial of each row and its verdict. Knows nothing of models or scores: it is told, on the CPU, which positions
-of a row may still be written.
+Owns the trial of each row and its verdict. Knows nothing of models or scores: it counts the masks that go.
 """
 
 import torch
@@ -14,39 +13,47 @@ class Gate:
 
     Args:
         num_rows (`int`): Rows of the batch.
-        canvas_length (`int`): Their length.
         cost_ratio (`float`): Cost of a guider's forward over one of the diffusion model.
     """
 
     TRIAL = 4
 
-    def __init__(self, num_rows: int, canvas_length: int, cost_ratio: float):
+    def __init__(self, num_rows: int, cost_ratio: float):
         self.cost_ratio = cost_ratio
         self.steps = torch.zeros(num_rows, dtype=torch.long)
-        self.open = torch.zeros(num_rows, canvas_length, dtype=torch.bool)  # what the last step might have written
-        self.written = torch.zeros(num_rows, 2, dtype=torch.long)  # tokens, in the steps with the guider and without
         self.closed_at = torch.full((num_rows,), -1)
+        self.counts: list[tuple[torch.LongTensor, torch.LongTensor]] = []  # rows, and what is masked in them
 
-    def ask(
-        self,
-        rows: torch.LongTensor,
-        positions: torch.LongTensor,
-        frontier: torch.LongTensor,
-        candidate: torch.BoolTensor,
-    ) -> torch.BoolTensor:
-        """Whether to ask in this step, for the rows `rows` of the batch; the rest as of [`ARGuider.__call__`]."""
-        step, before = self.steps[rows], self.open[rows]
-        # Only candidates are written, and where a row's candidates end never moves back: those of the last step that
-        # are none any more have been written.
-        now = before.scatter(1, positions, candidate) & (torch.arange(before.shape[1]) >= frontier[:, None])
-        written = (before & ~now).sum(1)
-        for phase in range(2):
-            counted = (step > phase * self.TRIAL) & (step <= (phase + 1) * self.TRIAL)
-            self.written[rows, phase] += torch.where(counted, written, 0)
-        with_guider, without = self.written[rows].unbind(1)
-        closes = (step == 2 * self.TRIAL) & (with_guider <= without * (1 + self.cost_ratio))
-        self.closed_at[rows[closes]] = step[closes]
-        self.open[rows] = now
-        self.steps[rows] += 1
+    def ask(self, rows: torch.LongTensor, able: torch.BoolTensor, masked: torch.BoolTensor) -> torch.BoolTensor:
+        r"""
+        Whether to ask in this step. Waits for the device at one step in each row, that of the verdict.
+
+        Args:
+            rows (`torch.LongTensor` of shape `(batch_size,)`): Rows of the batch, on the CPU.
+            able (`torch.BoolTensor` of shape `(batch_size,)`): Which of them take this step, on the CPU.
+            masked (`torch.BoolTensor` of shape `(batch_size, canvas_length)`): What is masked in each.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size,)`, on the CPU.
+        """
+        step = self.steps[rows]
+        counted = (able & (step % self.TRIAL == 0) & (step <= 2 * self.TRIAL)).nonzero().squeeze(1)
+        if len(counted):
+            self.counts.append((rows[counted], masked.sum(1)[counted.to(masked.device)]))
+        verdict = rows[able & (step == 2 * self.TRIAL)]
+        if len(verdict):
+            self._close(verdict)
+        self.steps[rows[able]] += 1
         trial_without = (step >= self.TRIAL) & (step < 2 * self.TRIAL)
-        return ~trial_without & (self.closed_at[rows] < 0)
+        return able & ~trial_without & (self.closed_at[rows] < 0)
+
+    def _close(self, verdict: torch.LongTensor) -> None:
+        """Close the rows in which the steps with the guider have not repaid it."""
+        left: dict[int, list[int]] = {}
+        counts = torch.cat([masked for _, masked in self.counts]).tolist()
+        for row, masked in zip(torch.cat([rows for rows, _ in self.counts]).tolist(), counts, strict=True):
+            left.setdefault(row, []).append(masked)
+        for row in verdict.tolist():
+            before, between, after = left[row]
+            if before - between <= (between - after) * (1 + self.cost_ratio):
+                self.closed_at[row] = 2 * self.TRIAL

@@ -1,7 +1,8 @@
 """Reading a canvas through a guider with another tokenizer.
 
 Owns the way from the diffusion model's ids to text, to the guider's ids, and back to positions: by character offsets,
-with special tokens mapped one by one. Knows nothing of acceptance rules or of how drafts are chosen.
+with special tokens mapped one by one; and, for one call of `generate`, what the guider's cache holds of that text.
+Knows nothing of acceptance rules or of how drafts are chosen.
 """
 
 from collections.abc import Callable
@@ -9,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .compiling import CompiledForward, device_of
-from .guider_reader import check_length, start_cache
+from .compiling import device_of
+from .guider_reader import check_finite, check_length, fill, start_cache, start_forward
 
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # what an unfinished character decodes to
@@ -103,31 +104,55 @@ class Alignment:
 
 class TextReader:
     r"""
-    Judges canvas tokens with a model that reads them as text.
+    Reads a canvas of one call as text, with drafts in place of its masks, and judges the drafts by the tokens of the
+    guider that hold their text.
 
     Its cache holds the ids that each row was read as; a row is read on from where they begin to differ, the batch from
     the first such place.
 
     Args:
-        forward ([`CompiledForward`]): The guider's.
+        model (`PreTrainedModel`): The guider's, as of [`ARReader`].
         alignment ([`Alignment`]): The way between the vocabularies.
-        num_rows (`int`): Rows of the batch.
+        canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas is padding.
+        mask_token_id (`int`): The mask token of the canvas.
+        ends (`set[int]`): End tokens of the guider, any of which stands for its end.
+        compile_config (`CompileConfig`, *optional*): Compile the forward.
 
     Raises:
         ValueError: If its model has no cache that can be cropped.
     """
 
-    def __init__(self, forward: CompiledForward, alignment: Alignment, num_rows: int):
-        self.forward, self.model, self.alignment = forward, forward.model, alignment
-        self.cache = start_cache(self.model)
-        self.seen: list[list[int]] = [[] for _ in range(num_rows)]
+    def __init__(
+        self, model, alignment: Alignment, canvas_mask, mask_token_id: int, ends: set[int], compile_config=None
+    ):
+        self.forward, self.cache = start_forward(model, compile_config), start_cache(model)
+        self.model, self.alignment, self.mask_token_id = model, alignment, mask_token_id
+        self.padding = (canvas_mask == 0).sum(1).cpu()  # of each row, before its text
+        self.ends = torch.tensor(sorted(ends), device=device_of(model), dtype=torch.long)
+        self.seen: list[list[int]] = [[] for _ in canvas_mask]
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` of the batch."""
+        self.padding = self.padding[indices]
         self.seen = [self.seen[index] for index in indices.tolist()]
         self.cache.batch_select_indices(indices.to(device_of(self.model)))
 
-    def judge(self, rows: list[list[int]], first: list[int], rule: Callable) -> list[set[int]]:
+    def judge(self, canvas, drafts, positions, frontier, judged, accept: Callable) -> torch.BoolTensor:
+        """Which drafts a rule accepts, from one forward; see [`ARReader.judge`]."""
+        # A row ends with its last draft: what is after it, which would change how its text is split, depends on the
+        # other rows of the batch.
+        stops = torch.where(judged.cpu(), positions + 1, frontier[:, None]).amax(1).tolist()
+        ids = fill(canvas, drafts, positions, self.mask_token_id).tolist()
+        rows = [row[pads:stop] for row, pads, stop in zip(ids, self.padding.tolist(), stops, strict=True)]
+        accepted = self.judge_rows(rows, (frontier - self.padding).tolist(), accept)
+        in_row = (positions - self.padding[:, None]).tolist()
+        passed = [[position in one for position in row] for row, one in zip(in_row, accepted, strict=True)]
+        return torch.tensor(passed, device=canvas.device)
+
+    def check(self) -> None:
+        """Look back at the calls since the last check: each has looked at its logits itself."""
+
+    def judge_rows(self, rows: list[list[int]], first: list[int], accept: Callable) -> list[set[int]]:
         """
         Positions of each row, from `first` on, that the rule accepts: all of their text is in accepted tokens, and
         there is some.
@@ -135,10 +160,10 @@ class TextReader:
         Args:
             rows (`list[list[int]]`): Canvas ids of each row, drafts included, without padding.
             first (`list[int]`): Position in each row of the first draft.
-            rule (`Callable`): `(logits (B, n, vocab_size), ids (B, n)) -> accepted (B, n)`.
+            accept (`Callable`): `(logits (B, n, vocab_size), ids (B, n)) -> accepted (B, n)`.
 
         Raises:
-            ValueError: If the text has more tokens than the model has positions.
+            ValueError: If the text has more tokens than the model has positions, or its logits are not finite.
         """
         read = [self.alignment.translate(row) for row in rows]
         # The first guider token that holds text of a draft; nothing stands before the very first that could score it.
@@ -150,7 +175,7 @@ class TextReader:
         if longest <= min(begins):
             return [set() for _ in rows]
         check_length(self.model, longest)
-        verdicts = self._judge([one.ids for one in read], begins, longest, rule)
+        verdicts = self._judge([one.ids for one in read], begins, longest, accept)
         accepted = []
         for one, begin, start, row, verdict in zip(read, begins, first, rows, verdicts, strict=True):
             judged = list(zip(one.spans[begin:], verdict, strict=False))  # a shorter row has verdicts of its filling
@@ -162,7 +187,7 @@ class TextReader:
             accepted.append((passed - refused - unread) & set(range(start, len(row))))
         return accepted
 
-    def _judge(self, ids: list[list[int]], begins: list[int], longest: int, rule: Callable) -> list[list[bool]]:
+    def _judge(self, ids: list[list[int]], begins: list[int], longest: int, accept: Callable) -> list[list[bool]]:
         """What the rule says of each row's ids from where it begins on; the one transfer from the device."""
         padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # nothing real stands behind it
         known = [_common_prefix(seen, row) for seen, row in zip(self.seen, ids, strict=True)]
@@ -181,7 +206,21 @@ class TextReader:
         judged = torch.tensor(begins)[:, None] + torch.arange(longest - min(begins))
         judged = judged.clamp_max(longest - 1)
         scores = logits[torch.arange(len(ids), device=device)[:, None], (judged - 1 - kept).to(device)]
-        return rule(scores, padded.gather(1, judged).to(device)).tolist()
+        check_finite(self.model, bool(scores.amax(-1).isfinite().all()))
+        return accept(scores, self._best_ends(scores, padded.gather(1, judged).to(device))).tolist()
+
+    def _best_ends(self, scores: torch.Tensor, ids: torch.LongTensor) -> torch.LongTensor:
+        """The ids with the most likely end token in place of each end token: any of them stands for the end."""
+        if not len(self.ends):
+            return ids
+        return torch.where(torch.isin(ids, self.ends), self.ends[scores[..., self.ends].argmax(-1)], ids)
+
+
+def end_ids(model, tokenizer) -> set[int]:
+    """End tokens of a model and its tokenizer."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return {*ends, tokenizer.eos_token_id} - {None}
 
 
 def _common_prefix(left: list[int], right: list[int]) -> int:

@@ -40,10 +40,12 @@ def choose_parts(options: DiffusionOptions, num_new: int, lookahead: int | None 
     block_length, num_blocks = options.tiling(num_new)
     window_policy = _window_policy(options, block_length)
     synchronous = options.synchronize_blocks
+    if synchronous is None:
+        synchronous = window_policy.synchronous
     blocks = Blocks(
         _blocks(options, block_length, num_new),
         lookahead=lookahead,
-        synchronous=window_policy.synchronous if synchronous is None else synchronous,
+        synchronous=synchronous and lookahead is None,  # drafts across block borders leave nobody to wait for
     )
     return Method(window_policy, blocks, _schedule(options, num_new, num_blocks), _rule(options))
 

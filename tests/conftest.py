@@ -90,7 +90,8 @@ def check_guidance(output, guider):
     assert 0 < output.guider_time_share < 1
     if guider.gate is None:
         assert output.gate_closed_at is None
-        assert asked.tolist() == output.nfe.tolist(), "every step asks"
+        # Every step asks, but in rows that wait for others at the end of a block.
+        assert (asked <= output.nfe).all() and (asked.equal(output.nfe) or guider.beyond_prefix)
     else:
         closed = output.gate_closed_at
         assert ((closed == -1) | (asked <= closed)).all() and (asked <= output.nfe).all()

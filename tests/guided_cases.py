@@ -62,7 +62,7 @@ def alphabet_guider(decide, **options):
     guider = Decided(model, decide, **options)
     diffusion_model = SimpleNamespace(config=model.config)
     guider.reset(diffusion_model, torch.ones(1, 9, dtype=torch.long), mask_token_id=0)
-    guider.forward = lambda input_ids, logits_to_keep, **_: SimpleNamespace(logits=torch.zeros(1, logits_to_keep, 6))
+    guider.reader.forward = lambda logits_to_keep, **_: SimpleNamespace(logits=torch.zeros(1, logits_to_keep, 6))
     return guider
 
 

@@ -116,9 +116,8 @@ def test_a_guided_row_decodes_alone_as_in_an_uneven_batch(tiny, decode, guider, 
         assert in_batch == text + [0] * (len(in_batch) - len(text))
         for field in ("drafts_judged", "drafts_accepted"):
             assert batch[field][row] == alone[field][0]
-        if policy.get("window_policy") != "dual":  # there rows wait for each other at the end of a block
-            assert batch.nfe[row] == batch.guider_forwards[row] == alone.nfe[0]
-            assert batch.accepted_lengths[row] == alone.accepted_lengths[0]
+        assert batch.nfe[row] == batch.guider_forwards[row] == alone.nfe[0]
+        assert batch.accepted_lengths[row] == alone.accepted_lengths[0]
 
 
 @pytest.mark.parametrize("num_drafts", [1, 2, 32])
@@ -236,17 +235,15 @@ def test_a_bare_model_is_a_guider_of_the_default_rule(tiny, decode, guider):
 def test_the_statistics_add_up(tiny, decode, decided, policy, seed):
     judge, forwards = decided(random(seed), num_drafts=6), []
     hook = tiny("guider").register_forward_pre_hook(lambda *_: forwards.append(1))
-    # Rows that wait for each other have nothing to judge then, which is no forced draft: one row at a time.
-    prompts = PROMPTS[:1] if policy.get("window_policy") == "dual" else PROMPTS
     try:
-        output = decode(tiny("dream_trained"), prompts, guider=judge, **FILLED, **policy)
+        output = decode(tiny("dream_trained"), PROMPTS, guider=judge, **FILLED, **policy)
     finally:
         hook.remove()
     assert len(forwards) == int(output.guider_forwards.max())
     assert output.guider_forwards.tolist() == output.nfe.tolist()
     assert [len(lengths) for lengths in output.accepted_lengths] == output.nfe.tolist()
     forced = torch.tensor([lengths.count(0) for lengths in output.accepted_lengths])
-    assert (output.drafts_accepted + forced).tolist() == [12] * len(prompts)
+    assert (output.drafts_accepted + forced).tolist() == [12] * len(PROMPTS)
     assert output.drafts_accepted.tolist() == [sum(lengths) for lengths in output.accepted_lengths]
     assert (output.drafts_judged >= output.drafts_accepted).all()
     assert all(0 <= length <= 6 for lengths in output.accepted_lengths for length in lengths)
@@ -326,12 +323,12 @@ class Vocabulary:
         return self.tokens
 
 
-def test_tokenizers_that_differ_by_an_added_token_read_ids_and_others_read_text(guider):
+def test_tokenizers_that_differ_by_an_added_token_read_ids_and_others_read_text(tiny):
     plain, with_mask, moved = Vocabulary(), Vocabulary(mask=200), Vocabulary(word0=5)
-    assert not ARGuider(guider, tokenizer=plain, canvas_tokenizer=with_mask).reads_text
-    assert ARGuider(guider, tokenizer=moved, canvas_tokenizer=plain).reads_text
+    assert not ARGuider(tiny("guider"), tokenizer=plain, canvas_tokenizer=with_mask).reads_text
+    assert ARGuider(tiny("guider"), tokenizer=moved, canvas_tokenizer=plain).reads_text
 
 
-def test_one_tokenizer_without_the_other_is_refused(guider):
+def test_one_tokenizer_without_the_other_is_refused(tiny):
     with pytest.raises(ValueError, match="^`tokenizer` and `canvas_tokenizer` must be given together"):
-        ARGuider(guider, tokenizer=Vocabulary())
+        ARGuider(tiny("guider"), tokenizer=Vocabulary())

@@ -81,13 +81,17 @@ class Compared(ARGuider):
     def _accept(self, logits, drafts):
         return torch.rand(drafts.shape, generator=self.source) < 0.7
 
+    def reset(self, *args, **kwargs):
+        super().reset(*args, **kwargs)
+        self.read, self.reader.read = self.reader.read, self.compare
+
     @torch.no_grad()
-    def _read(self, input_ids, drafts, positions, frontier, asked=slice(None)):
-        logits = super()._read(input_ids, drafts, positions, frontier, asked)
+    def compare(self, input_ids, drafts, positions, frontier, judged):
+        logits = self.read(input_ids, drafts, positions, frontier, judged)
         current = input_ids.gather(1, positions)
         canvas = input_ids.scatter(1, positions, torch.where(current == MASK, drafts, current))
         for row, places in enumerate(positions.tolist()):
-            begin = int(self.canvas_mask[row].argmax())
+            begin = int(self.reader.canvas_mask[row].argmax())
             alone = self.model(canvas[row : row + 1, begin:], use_cache=False).logits[0]
             for slot, place in enumerate(places):
                 if place >= max(int(frontier[row]), begin + 1):

@@ -10,10 +10,10 @@ from transformers.generation.configuration_utils import CompileConfig
 
 import hf_flashdlm
 from hf_flashdlm import ARGuider
-from hf_flashdlm.compiling import CompiledForward
 from hf_flashdlm.guider_text import Alignment, TextReader
 
 
+MASK = 511
 TINY = Path(hf_flashdlm.__file__).parent / "tiny"
 PROMPTS = [
     "Hana has 3 trays. Each of them holds 6 stamps. How many stamps does Hana have?\nAnswer:",
@@ -93,7 +93,7 @@ def test_reading_text_is_compiled_where_that_is_asked_for(pair, canvas_tokenizer
     eager = pair[0].generate(**inputs, **options)
     compile_config = CompileConfig(backend="eager", mode=None)
     compiled = pair[0].generate(**inputs, **options, compile_config=compile_config)
-    assert text_guider.text_reader.forward.compile_config.dynamic and pair[1]._last_compile_config.dynamic
+    assert pair[1]._last_compile_config.dynamic
     assert compiled.accepted_lengths == eager.accepted_lengths
 
 
@@ -130,13 +130,18 @@ def byte_model(byte_tokenizer):
     return AutoModelForCausalLM.from_config(config).eval()
 
 
+def text_reader(model, alignment, num_rows=1, ends=(), kind=TextReader):
+    """A reader of rows without padding."""
+    return kind(model, alignment, torch.ones(num_rows, 1, dtype=torch.long), MASK, set(ends))
+
+
 class Compared(TextReader):
     """Compares what it accepts with a reader that has read nothing before, row by row."""
 
-    def judge(self, rows, first, rule):
-        accepted = super().judge(rows, first, rule)
+    def judge_rows(self, rows, first, accept):
+        accepted = super().judge_rows(rows, first, accept)
         for row, start, one in zip(rows, first, accepted, strict=True):
-            assert TextReader(self.forward, self.alignment, 1).judge([row], [start], rule) == [one]
+            assert text_reader(self.model, self.alignment).judge_rows([row], [start], accept) == [one]
             self.verdicts.append(len(one))
         return accepted
 
@@ -150,13 +155,13 @@ def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_token
     verdicts = []
     for seed in range(40):
         generator = torch.Generator().manual_seed(seed)
-        reader = Compared(CompiledForward(byte_model), alignment, 3)
+        reader = text_reader(byte_model, alignment, 3, kind=Compared)
         reader.verdicts = verdicts
         # Drafts are drawn anew behind what is written, so that the text before them is split at other places.
         written = [torch.randint(0, 512, (int(length),), generator=generator).tolist() for length in (1, 9, 4)]
         for _ in range(6):
             rows = [row + torch.randint(0, 512, (7,), generator=generator).tolist() for row in written]
-            reader.judge(rows, [len(row) for row in written], rule)
+            reader.judge_rows(rows, [len(row) for row in written], rule)
             steps = torch.randint(1, 6, (len(rows),), generator=generator).tolist()
             written = [row[: len(before) + step] for row, before, step in zip(rows, written, steps, strict=True)]
             if float(torch.rand((), generator=generator)) < 0.1 and len(rows) > 1:
@@ -167,23 +172,23 @@ def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_token
 
 def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
     alignment = Alignment(canvas_tokenizer, byte_tokenizer, set(), None)
-    reader = TextReader(CompiledForward(byte_model), alignment, 1)
+    reader = text_reader(byte_model, alignment)
     row = canvas_tokenizer("Hana has 12").input_ids
     special = len(row)  # an end token, which here has no counterpart
     accept_all = lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)  # noqa: E731
-    assert reader.judge([[*row, 0, *row]], [special - 1], accept_all) == [
+    assert reader.judge_rows([[*row, 0, *row]], [special - 1], accept_all) == [
         {special - 1, *range(special + 1, 2 * special + 1)}
     ]
-    assert reader.judge([[0, 0]], [1], accept_all) == [set()], "a row of which it reads nothing"
+    assert reader.judge_rows([[0, 0]], [1], accept_all) == [set()], "a row of which it reads nothing"
 
 
 def test_a_draft_is_accepted_when_every_token_that_shares_its_text_is(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(CompiledForward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = text_reader(byte_model, Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0))
     row = canvas_tokenizer("Hana has 12").input_ids  # Hana, has, 1, 2; of the guider's tokens one holds both digits
 
     def accepted(*refused):
         refused = torch.tensor(byte_tokenizer.convert_tokens_to_ids(list(refused)))
-        return reader.judge([row], [1], lambda logits, ids: ~torch.isin(ids, refused))
+        return reader.judge_rows([row], [1], lambda logits, ids: ~torch.isin(ids, refused))
 
     assert accepted() == [{1, 2, 3}]
     assert accepted("s") == accepted("Ġ") == [{2, 3}]
@@ -192,26 +197,34 @@ def test_a_draft_is_accepted_when_every_token_that_shares_its_text_is(canvas_tok
 
 
 def test_what_nothing_stands_before_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(CompiledForward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = text_reader(byte_model, Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0))
     row = canvas_tokenizer(" 12").input_ids
     assert len(row) == 2  # and one token of the guider's
-    assert reader.judge([row], [0], lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)) == [set()]
+    assert reader.judge_rows([row], [0], lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)) == [set()]
 
 
-def test_any_end_token_of_the_guider_stands_for_its_end(pair, canvas_tokenizer):
-    guider = ARGuider(pair[1], accept="top1", tokenizer=canvas_tokenizer, canvas_tokenizer=canvas_tokenizer)
-    guider.reads_text, guider.guider_ends = True, torch.tensor([0, 3])
-    logits = torch.tensor([[0.0, 1.0, 2.0, 5.0], [0.0, 1.0, 6.0, 5.0]])
-    assert guider._accept(logits, torch.tensor([0, 0])).tolist() == [True, False]
-    assert guider._accept(logits, torch.tensor([2, 2])).tolist() == [False, True]
+def test_any_end_token_of_the_guider_stands_for_its_end(canvas_tokenizer, byte_tokenizer, byte_model):
+    alignment = Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0)
+    row = [*canvas_tokenizer("Hana has 12").input_ids, 0]
+    asked = []
+
+    def accept(logits, ids):
+        asked.append((logits, ids))
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    text_reader(byte_model, alignment, ends={0, 3}).judge_rows([row], [1], accept)
+    text_reader(byte_model, alignment).judge_rows([row], [1], accept)
+    (logits, ids), (_, as_read) = asked
+    best = 0 if logits[0, -1, 0] >= logits[0, -1, 3] else 3
+    assert as_read[0, -1] == 0 and ids[0, -1] == best and ids[0, :-1].equal(as_read[0, :-1])
 
 
 def test_a_text_longer_than_the_guider_has_positions_for_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):
-    reader = TextReader(CompiledForward(byte_model), Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0), 1)
+    reader = text_reader(byte_model, Alignment(canvas_tokenizer, byte_tokenizer, {0}, 0))
     reader.model.config.max_position_embeddings, before = 8, reader.model.config.max_position_embeddings
     try:
         with pytest.raises(ValueError, match="^`guider` must have positions for the 12 tokens that it reads, got a"):
-            reader.judge([canvas_tokenizer("Hana has 3 4").input_ids], [2], lambda logits, ids: ids > 0)
+            reader.judge_rows([canvas_tokenizer("Hana has 3 4").input_ids], [2], lambda logits, ids: ids > 0)
     finally:
         reader.model.config.max_position_embeddings = before
 
