@@ -16,9 +16,8 @@ from .guider import ARGuider, ProductMixture
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModelLM
 from .tokenization_dream import DreamTokenizer
+from .version import __version__
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ARGuider",
@@ -33,6 +32,7 @@ __all__ = [
     "LLaDAConfig",
     "LLaDAModelLM",
     "ProductMixture",
+    "__version__",
     "diffusion_generate",
     "make_bidirectional",
 ]

@@ -5,8 +5,11 @@ in that order of priority. Knows nothing of tensors or of how an option is used.
 """
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
 
-from transformers import GenerationConfig
+
+if TYPE_CHECKING:  # the names of the options are known before Transformers is imported
+    from transformers import GenerationConfig
 
 
 DEFAULT_BLOCK_LENGTH = 32
@@ -217,7 +220,7 @@ class DiffusionOptions:
         return [field.name for field in fields(cls)]
 
     @classmethod
-    def read(cls, generation_config: GenerationConfig) -> "DiffusionOptions":
+    def read(cls, generation_config: "GenerationConfig") -> "DiffusionOptions":
         """The options that a prepared generation config holds, checked."""
         values = {name: getattr(generation_config, name) for name in cls.names() if hasattr(generation_config, name)}
         return cls(**values)

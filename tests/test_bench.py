@@ -14,17 +14,19 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch._dynamo.utils import counters
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.generation.configuration_utils import CompileConfig
 
 from hf_flashdlm.bench import ablation, comparison, decoding
 from hf_flashdlm.bench.ablation_table import PART_COMBINATIONS, PARTS, settings
-from hf_flashdlm.bench.decoding import Models, Recipe
+from hf_flashdlm.bench.decoding import Models
 from hf_flashdlm.bench.machine import Ceilings, CostModel, ForwardShape, Probe, commit, describe_machine, peak_memory
-from hf_flashdlm.bench.models import SHAPES, guider_config, twin_config
+from hf_flashdlm.bench.models import guider_config, twin_config
+from hf_flashdlm.bench.recipe import Recipe
 from hf_flashdlm.bench.recipes import recipes
 from hf_flashdlm.bench.report import format_table
 from hf_flashdlm.bench.run import Run, binomial_interval
+from hf_flashdlm.bench.shapes import SHAPES
 from hf_flashdlm.bench.workload import problem_workload
 from hf_flashdlm.cli.bench import add_commands
 from hf_flashdlm.cli.main import Parser
@@ -191,7 +193,7 @@ def test_random_weights_and_long_prompts(bench, tmp_path):
 @pytest.mark.parametrize("name", ["llada-8b", "dream-7b"])
 @pytest.mark.parametrize("guider", [None, "qwen2.5-0.5b"])
 def test_shapes_of_the_large_models(name, guider):
-    config = SHAPES[name]()
+    config = AutoConfig.for_model(SHAPES[name])
     args = argparse.Namespace(guider=guider, config=name)
     with torch.device("meta"):
         sizes = [

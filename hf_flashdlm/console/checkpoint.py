@@ -28,11 +28,11 @@ from ..configuration_dream import DreamConfig
 from ..configuration_llada import LLaDAConfig
 from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
+from .defaults import MAX_NEW_TOKENS
 from .display import CanvasStreamer, mask_character
 
 
 MODEL_TYPES = (LLaDAConfig.model_type, DreamConfig.model_type)
-MAX_NEW_TOKENS = 128  # where neither the caller nor the checkpoint names a length
 
 Prompt = str | list[dict]  # a text or the turns of a conversation
 

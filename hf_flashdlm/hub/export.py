@@ -26,7 +26,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .. import __version__
 from ..configuration_dream import DreamConfig
 from ..configuration_llada import LLaDAConfig
 from ..generate import generate
@@ -35,6 +34,7 @@ from ..modeling_dream import DreamModel
 from ..modeling_llada import LLaDAModelLM
 from ..tiny import FOLDER
 from ..tokenization_dream import DreamTokenizer
+from ..version import __version__
 
 
 MODELS = {LLaDAConfig.model_type: (LLaDAConfig, LLaDAModelLM), DreamConfig.model_type: (DreamConfig, DreamModel)}

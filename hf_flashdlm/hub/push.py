@@ -12,7 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import __version__
+from ..version import __version__
 from .export import CONNECTION_ERRORS, STRATEGY, check_repo_id, weight_files
 
 
