@@ -37,7 +37,7 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.sp
 FOLDERS = {
     "bench": {"console", "tiny"},
     "cli": {"bench", "console", "hub", "tiny"},
-    "console": set(),
+    "console": {"hub"},
     "hub": {"tiny"},
     "tiny": set(),
 }

@@ -193,7 +193,7 @@ def prepare(args: argparse.Namespace):
     import torch
     from transformers.utils import logging
 
-    from ..console.checkpoint import check_device
+    from ..hub.loading import check_device
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
