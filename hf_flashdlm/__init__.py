@@ -21,10 +21,9 @@ from .modeling_llada import LLaDAModelLM
 from .schedule import Schedule
 from .tokenization_dream import DreamTokenizer
 from .unmasking import Confidence, Drafts, MostConfident, UnmaskingRule
+from .version import __version__
 from .windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow, Window, WindowPolicy
 
-
-__version__ = "0.1.0"
 
 __all__ = [
     "METHODS",
@@ -55,6 +54,7 @@ __all__ = [
     "UnmaskingRule",
     "Window",
     "WindowPolicy",
+    "__version__",
     "diffusion_generate",
     "make_bidirectional",
 ]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .methods import METHODS
 
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the names of the options are known before Transformers is imported
     from transformers import GenerationConfig
 
 

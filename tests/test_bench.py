@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.generation.configuration_utils import CompileConfig
 
 from hf_flashdlm.bench import ablation, comparison, decoding
 from hf_flashdlm.bench.ablation_table import settings
-from hf_flashdlm.bench.decoding import Recipe
 from hf_flashdlm.bench.machine import Probe
-from hf_flashdlm.bench.models import SHAPES, guider_config, twin_config
+from hf_flashdlm.bench.models import guider_config, twin_config
+from hf_flashdlm.bench.recipe import Recipe
 from hf_flashdlm.bench.recipes import recipes
 from hf_flashdlm.bench.report import format_table
 from hf_flashdlm.bench.run import Run, binomial_interval
+from hf_flashdlm.bench.shapes import SHAPES
 from hf_flashdlm.cli.bench import add_commands
 from hf_flashdlm.cli.main import Parser
 from hf_flashdlm.generation_config import DiffusionOptions
@@ -172,7 +173,7 @@ def test_random_weights_and_long_prompts(bench, tmp_path):
 @pytest.mark.parametrize("name", ["llada-8b", "dream-7b"])
 @pytest.mark.parametrize("guider", [None, "qwen2.5-0.5b"])
 def test_shapes_of_the_large_models(name, guider):
-    config = SHAPES[name]()
+    config = AutoConfig.for_model(SHAPES[name])
     args = argparse.Namespace(guider=guider, config=name)
     with torch.device("meta"):
         sizes = [

@@ -4,14 +4,17 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import hf_flashdlm
+from hf_flashdlm.bench.settings import Settings
 from hf_flashdlm.cli import main as cli
 from hf_flashdlm.tiny import FOLDER as TINY
 
 
+ROOT = Path(__file__).parents[1]
 QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does Adam have now?"
 SHORT = ["generate", "--model", str(TINY / "dlm"), "--device", "cpu", "--max-new-tokens", "8", "--block-length", "8"]
 GENERATE_OPTIONS = """--model --guider --prompt --max-new-tokens --block-length --steps --confidence-threshold
@@ -48,6 +51,33 @@ def test_the_package_runs_as_a_module():
         [sys.executable, "-m", "hf_flashdlm", "--version"], capture_output=True, text=True, check=True
     )
     assert run.stdout == f"flashdlm {hf_flashdlm.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", ["--version", "--help", "bench --help", "export model --help", "chat --steps"])
+def test_help_and_mistakes_do_not_wait_for_torch(arguments):
+    imported = """
+import sys
+import flashdlm_command
+try:
+    sys.exit(flashdlm_command.main())
+finally:
+    print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "transformers", "rich", "huggingface_hub"}))
+"""
+    command = [sys.executable, "-c", imported, *arguments.split()]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == (0 if arguments.startswith("--version") or arguments.endswith("--help") else 2)
+    assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_script_runs_the_package_before_a_command(tmp_path):
+    arguments = [*SHORT, "--prompt", QUESTION]
+    script, module = (
+        subprocess.run([sys.executable, "-m", name, *arguments], capture_output=True, text=True, cwd=ROOT)
+        for name in ("flashdlm_command", "hf_flashdlm")
+    )
+    assert script.returncode == module.returncode == 0
+    assert script.stdout == module.stdout != ""
+    assert script.stderr == module.stderr == ""
 
 
 def test_texts_are_all_that_standard_output_gets(capsys):
@@ -157,16 +187,18 @@ def test_an_interrupt_ends_quietly(capsys, monkeypatch):
     def interrupted(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_demo", interrupted)
+    monkeypatch.setattr("hf_flashdlm.bench.demo.run_demo", interrupted)
     assert cli.main(["demo"]) == 130
     assert capsys.readouterr().err == ""
 
 
 def test_demo_passes_its_settings_and_writes_the_figures(monkeypatch, tmp_path):
     seen = []
-    monkeypatch.setattr(cli, "run_demo", lambda settings, console: seen.append(settings) or {"figure": 1})
+    monkeypatch.setattr(
+        "hf_flashdlm.bench.demo.run_demo", lambda settings, console: seen.append(settings) or {"figure": 1}
+    )
     path = tmp_path / "figures.json"
     arguments = "demo --problems 3 --batch-size 2 --repeats 5 --show 0 --seed 7".split()
     assert cli.main([*arguments, "--json", str(path)]) == 0
-    assert seen == [cli.Settings(problems=3, batch_size=2, repeats=5, show=0, seed=7)]
+    assert seen == [Settings(problems=3, batch_size=2, repeats=5, show=0, seed=7)]
     assert json.loads(path.read_text()) == {"figure": 1}

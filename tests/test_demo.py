@@ -7,9 +7,10 @@ import torch
 from rich.console import Console
 
 from hf_flashdlm.bench import demo
-from hf_flashdlm.bench.decoding import Recipe
-from hf_flashdlm.bench.demo import Measurement, Settings
+from hf_flashdlm.bench.demo import Measurement
+from hf_flashdlm.bench.recipe import Recipe
 from hf_flashdlm.bench.run import binomial_interval
+from hf_flashdlm.bench.settings import Settings
 from hf_flashdlm.methods import METHODS
 from hf_flashdlm.tiny import FOLDER, final_number, sample_problems
 

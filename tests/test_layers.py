@@ -17,12 +17,12 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ENTRIES = ("generate", "modeling_dream", "modeling_llada")
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "tokenization_dream"}
+PACKAGE_ONLY = {"__init__", "__main__", "tokenization_dream", "version"}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
     "cache canvas_processors compiling configuration_dream configuration_llada generation_output guider_gate methods "
-    "schedule streaming tokenization_dream unmasking windows",
+    "schedule streaming tokenization_dream unmasking version windows",
     "blocks denoiser generation_config guider_reader stopping",
     "denoising_loop guider_text",
     "guider parts",
@@ -36,7 +36,7 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.sp
 FOLDERS = {
     "bench": {"console", "tiny"},
     "cli": {"bench", "console", "hub", "tiny"},
-    "console": set(),
+    "console": {"hub"},
     "hub": {"tiny"},
     "tiny": set(),
 }

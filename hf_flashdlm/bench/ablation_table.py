@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 
 from ..methods import METHODS
-from .decoding import Models, Recipe
+from .decoding import Models
+from .recipe import Recipe
 
 
 # The parts, and what they ask of `generate` and of the guider.

@@ -32,9 +32,10 @@ from dataclasses import dataclass
 
 import torch
 
-from .decoding import Models, Recipe
+from .decoding import Models
 from .machine import Ceilings, CostModel, peak_memory
 from .models import load_models, random_model, twin_config
+from .recipe import Recipe
 from .recipes import choose, compiled, recipes, references
 from .report import format_table
 from .run import Run, run

@@ -1,10 +1,8 @@
-"""A way to decode, and the models of a measurement, which decode by it.
+"""The models of a measurement, which decode by a recipe.
 
-Owns what a recipe may say, and the one call of `generate` in it. Knows nothing of which recipes and models there are,
-or of how decoding works.
+Owns the one call of `generate`. Knows nothing of which recipes and models there are, or of how decoding works.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,32 +11,7 @@ from transformers.generation.configuration_utils import CompileConfig
 
 from ..console.checkpoint import Checkpoint
 from ..guider import ARGuider
-
-
-@dataclass(frozen=True)
-class Recipe:
-    r"""
-    A way to decode.
-
-    Args:
-        name (`str`): In tables.
-        options (`dict`): Keywords of `generate`.
-        guider (`str`, *optional*): Which of the models' guiders judges the drafts.
-        rule (`dict`): Keywords of [`ARGuider`].
-        loop (`Callable`, *optional*): `(models, inputs, options) -> ids (B, L)`, in place of `generate`.
-        speaks (`bool`): Whether its texts mean something: else they have no end before the canvas's, and no answer.
-        compiled (`bool`): Whether `generate` compiles the forwards.
-        like (`str`, *optional*): Name of the recipe that writes the same tokens, to be compared with.
-    """
-
-    name: str
-    options: dict = field(default_factory=dict)
-    guider: str | None = None
-    rule: dict = field(default_factory=dict)
-    loop: Callable | None = None
-    speaks: bool = True
-    compiled: bool = False
-    like: str | None = None
+from .recipe import Recipe
 
 
 @dataclass

@@ -17,9 +17,10 @@ from ..console.display import mask_character
 from ..guider import ARGuider
 from ..methods import METHODS
 from ..tiny import FOLDER, GUIDANCE, Problem, final_number, sample_problems
-from .decoding import Recipe
 from .machine import describe_machine, versions
+from .recipe import Recipe
 from .run import binomial_interval
+from .settings import Settings
 
 
 PROBLEM_TOKENS = 64
@@ -32,26 +33,6 @@ Tokens: generated ones up to and with EOS. Seconds: for all problems together,
 median of the runs.
 Speed: over the two baselines, the plain decodes that fill the whole canvas
 (full) and that stop at the end of the text (EOS)."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    r"""
-    Settings of a demonstration.
-
-    Args:
-        problems (`int`): Size of the measured sample of held-out problems.
-        batch_size (`int`): Problems decoded together.
-        repeats (`int`): Runs of each method; their median is the time.
-        show (`int`): Problems of the sample that are decoded in view, one at a time.
-        seed (`int`): Seed of the draw of the sample. Decoding is greedy and draws nothing.
-    """
-
-    problems: int = 100
-    batch_size: int = 25
-    repeats: int = 1
-    show: int = 3
-    seed: int = 0
 
 
 @dataclass

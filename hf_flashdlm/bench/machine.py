@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from .. import __version__
+from ..version import __version__
 
 
 PROCESS = Path("/proc/self")

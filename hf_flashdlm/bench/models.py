@@ -1,6 +1,6 @@
 """The models of a measurement: a checkpoint, or a shape with random weights, with their guiders.
 
-Owns the named shapes and which dtype each place gets. A mistake of the user's is a `ValueError` of one sentence. Knows
+Owns which dtype each place gets. A mistake of the user's is a `ValueError` of one sentence. Knows
 nothing of what is measured.
 """
 
@@ -10,23 +10,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from ..configuration_dream import DreamConfig
-from ..configuration_llada import LLaDAConfig
 from ..console.checkpoint import Checkpoint
 from ..tiny import FOLDER
 from .decoding import Models
-
-
-SHAPES = {"llada-8b": LLaDAConfig, "dream-7b": DreamConfig, "tiny": None}
-# Sizes of Qwen2.5, which guiders of these shapes have; the vocabulary is that of the diffusion model.
-GUIDER_SHAPES = {
-    "qwen2.5-0.5b": dict(
-        hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
-    ),
-    "qwen2.5-1.5b": dict(
-        hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2
-    ),
-    "tiny": None,
-}
+from .shapes import GUIDER_SHAPES, SHAPES
 
 
 def load_models(args: argparse.Namespace, device: torch.device, canvas_length: int) -> Models:
@@ -41,7 +28,8 @@ def load_models(args: argparse.Namespace, device: torch.device, canvas_length: i
         raise ValueError(f"`--dtype` must be auto or a dtype of torch, got {dtype!r}.")
     if args.random_weights:
         dtype = getattr(torch, plain_dtype if dtype == "auto" else dtype)
-        config = AutoConfig.from_pretrained(FOLDER / "dlm") if args.config == "tiny" else SHAPES[args.config]()
+        shape = SHAPES[args.config]
+        config = AutoConfig.from_pretrained(FOLDER / "dlm") if shape is None else AutoConfig.for_model(shape)
         # Nothing was trained, so nothing bounds the positions.
         config.max_position_embeddings = max(config.max_position_embeddings, canvas_length)
         model = random_model(config, dtype, device, args.seed)

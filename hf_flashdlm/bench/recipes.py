@@ -6,11 +6,16 @@ Owns which settings make which method, and which of them write the same tokens. 
 import runpy
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from ..methods import METHODS
-from .decoding import Models, Recipe
+from .recipe import Recipe
+
+
+if TYPE_CHECKING:  # the names of the methods are known before torch is imported
+    import torch
+
+    from .decoding import Models
 
 
 def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
@@ -47,7 +52,7 @@ def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
     return {recipe.name: recipe for recipe in table}
 
 
-def decode_twin(models: Models, inputs: dict, options: dict) -> torch.LongTensor:
+def decode_twin(models: "Models", inputs: dict, options: dict) -> "torch.LongTensor":
     """The autoregressive model of the same shape, with the host's own loop and cache."""
     return models.twin.generate(**inputs, max_new_tokens=options["max_new_tokens"], do_sample=False)
 
@@ -77,7 +82,7 @@ def references(path: str | None, steps: int) -> dict[str, list[Recipe]]:
 def reference_loop(loop):
     """A loop `(model, input_ids, max_new_tokens=, block_length=) -> ids` in the form of a recipe's."""
 
-    def decode(models: Models, inputs: dict, options: dict) -> torch.LongTensor:
+    def decode(models: "Models", inputs: dict, options: dict) -> "torch.LongTensor":
         if not inputs["attention_mask"].all():
             raise ValueError("`--reference` loops take prompts of one length: add `--prompt-length`.")
         sizes = {name: options[name] for name in ("max_new_tokens", "block_length")}
@@ -94,7 +99,7 @@ def compiled(recipe: Recipe) -> Recipe | None:
 
 
 def choose(
-    wanted: list[str] | None, known: dict[str, Recipe], pairs: dict[str, list[Recipe]], models: Models
+    wanted: list[str] | None, known: dict[str, Recipe], pairs: dict[str, list[Recipe]], models: "Models"
 ) -> list[Recipe]:
     """The methods asked for: by default the pairs with references, without those all that the models serve."""
     if wanted is None:

@@ -9,8 +9,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from ..tiny import final_number
-from .decoding import Models, Recipe
+from .decoding import Models
 from .machine import ForwardShape, Probe, synchronize
+from .recipe import Recipe
 from .workload import Workload
 
 

@@ -11,16 +11,10 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-from transformers.utils import logging
-
-from ..bench.ablation import report_ablation, run_ablation
-from ..bench.comparison import compare, report_comparison
-from ..bench.machine import commit, describe_machine, versions
-from ..bench.models import GUIDER_SHAPES, SHAPES
 from ..bench.recipes import recipes
 from ..bench.report import write_json
-from ..console.checkpoint import check_device
+from ..bench.shapes import GUIDER_SHAPES, SHAPES
+from .files import check_writable
 
 
 # Arguments that an ablation has no use for: its models and prompts are the embedded ones.
@@ -116,6 +110,9 @@ def bench(args: argparse.Namespace, command: str) -> None:
     """`flashdlm bench`."""
     check(args)
     record = read_record(args.show) if args.show is not None else run_bench(args, command)
+    from ..bench.ablation import report_ablation
+    from ..bench.comparison import report_comparison
+
     is_ablation = "shared" in record
     check_plot(args.plot, is_ablation)
     print((report_ablation if is_ablation else report_comparison)(record))
@@ -131,6 +128,10 @@ def bench(args: argparse.Namespace, command: str) -> None:
 
 def run_bench(args: argparse.Namespace, command: str) -> dict:
     """Print the card of the machine, and measure what is asked for: the record."""
+    from ..bench.ablation import run_ablation
+    from ..bench.comparison import compare
+    from ..bench.machine import commit, describe_machine, versions
+
     device = prepare(args)
     record = {"schema": 1, "command": command, "seed": args.seed, "commit": commit()}
     record |= {"machine": describe_machine(device), "versions": versions()}
@@ -169,8 +170,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"`--batch-size` must be one number with `--ablate`, got {args.batch_size}.")
     elif args.guiders is not None:
         raise ValueError("`--guiders` belongs to `--ablate`: drop it, or use `--guider`.")
-    if args.json not in (None, "-") and (Path(args.json).is_dir() or not Path(args.json).parent.is_dir()):
-        raise ValueError(f"`--json` must be - or a file in a folder that exists, got {args.json!r}.")
+    if args.json not in (None, "-"):
+        check_writable("--json", args.json, "- or ")
     if args.show is None:
         check_plot(args.plot, args.ablate)
 
@@ -187,8 +188,13 @@ def check_plot(path: str | None, is_ablation: bool) -> None:
         raise ValueError("`--plot` needs matplotlib, which is not installed: pip install matplotlib.")
 
 
-def prepare(args: argparse.Namespace) -> torch.device:
+def prepare(args: argparse.Namespace):
     """Set threads and silence; the device."""
+    import torch
+    from transformers.utils import logging
+
+    from ..hub.loading import check_device
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if args.threads is not None:

@@ -6,12 +6,7 @@ Owns their arguments and what they print. Knows nothing of what lies in a reposi
 import argparse
 import shlex
 
-from rich.console import Console
-from rich.filesize import decimal
-
-from .. import __version__
-from ..hub.export import MODELS, check_repo_id, export_code, export_guider, export_model, export_strategy
-from ..hub.push import list_files, push
+from ..version import __version__
 
 
 def add_commands(commands) -> None:
@@ -41,12 +36,12 @@ def add_export(commands) -> None:
         kind.add_argument("--checkpoint", required=True, metavar="DIR_OR_ID", help="a folder or a Hub repository")
         kind.add_argument("--card", metavar="NAME", help="a card of model_cards (default: the checkpoint's)")
     kind = add_kind("code", "the code alone, for checkpoints whose weights stay where they are", run_export_code)
-    kind.add_argument("--model-type", required=True, metavar="TYPE", help=" or ".join(MODELS))
+    kind.add_argument("--model-type", required=True, metavar="TYPE", help="its model_type, such as llada")
     kind.add_argument("--checkpoint", metavar="DIR_OR_ID", help="take the configuration from here")
     add_kind(
         "strategy",
         "the decoding strategy alone, for custom_generate",
-        lambda args: export_strategy(args.directory, args.repo_id),
+        run_export_strategy,
     )
 
 
@@ -66,39 +61,53 @@ def add_push(commands) -> None:
 
 
 def run_export_model(args: argparse.Namespace):
+    from ..hub.export import export_model
+
     return export_model(args.checkpoint, args.directory, args.repo_id, args.card)
 
 
 def run_export_guider(args: argparse.Namespace):
+    from ..hub.export import export_guider
+
     return export_guider(args.checkpoint, args.directory, args.repo_id, args.card or "guider")
 
 
 def run_export_code(args: argparse.Namespace):
+    from ..hub.export import export_code
+
     return export_code(args.model_type, args.directory, args.repo_id, args.checkpoint)
+
+
+def run_export_strategy(args: argparse.Namespace):
+    from ..hub.export import export_strategy
+
+    return export_strategy(args.directory, args.repo_id)
 
 
 def report_export(directory, repo_id: str) -> None:
     """Print what was written and what publishes it."""
+    from ..hub.push import list_files
+
     print_files(list_files(directory))
-    say(shlex.join(["flashdlm", "push", str(directory), repo_id]))
+    print(shlex.join(["flashdlm", "push", str(directory), repo_id]))
 
 
 def run_push(args: argparse.Namespace) -> None:
     """`flashdlm push`."""
+    from ..hub.export import check_repo_id
+    from ..hub.push import list_files, push
+
     check_repo_id(args.repo_id)
     if args.dry_run:
         print_files(list_files(args.directory))
     else:
-        say(push(args.directory, args.repo_id, args.private, args.tag))
+        print(push(args.directory, args.repo_id, args.private, args.tag))
 
 
 def print_files(files: dict[str, int]) -> None:
     """A line for each file, and one for all."""
+    from rich.filesize import decimal
+
     for name, size in files.items():
-        say(f"{decimal(size):>12}  {name}")
-    say(f"{decimal(sum(files.values())):>12}  in {len(files)} files")
-
-
-def say(line: str) -> None:
-    """Print a line as it is."""
-    Console(highlight=False, markup=False, soft_wrap=True).print(line)
+        print(f"{decimal(size):>12}  {name}")
+    print(f"{decimal(sum(files.values())):>12}  in {len(files)} files")

@@ -6,21 +6,20 @@ mistake of the user's, 130 after an interrupt. Knows nothing of checkpoints or o
 """
 
 import argparse
-import json
+import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-import torch
-from rich.console import Console
-from transformers.utils import logging
-
-from .. import __version__
-from ..bench.demo import Settings, run_demo
-from ..console.chat import run_chat
-from ..console.checkpoint import MAX_NEW_TOKENS, Checkpoint, Continuation
+from ..bench.report import write_json
+from ..bench.settings import Settings
+from ..console.defaults import MAX_NEW_TOKENS
+from ..console.terminal import guarded_terminal, visible
 from ..generation_config import WINDOW_POLICIES
-from ..tiny import FOLDER, GUIDANCE, sample_problems
+from ..version import __version__
 from .bench import add_commands as add_bench
+from .files import check_writable
 from .hub import add_commands
 
 
@@ -35,17 +34,38 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line on `argv`, by default the program's own arguments; returns the exit code."""
-    try:
-        args = make_parser().parse_args(argv)
-        args.run(args)
-    except ValueError as error:
-        print(f"flashdlm: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+def main(argv: list[str] | None = None, prepare: Callable[[], object] = lambda: None) -> int:
+    r"""
+    Run the command line.
+
+    Args:
+        argv (`list[str]`, *optional*): By default the program's own arguments.
+        prepare (`Callable`, *optional*): Is called before a command runs, and not for help, versions and mistakes.
+
+    Returns:
+        `int`: The exit code.
+    """
+    with guarded_terminal():
+        try:
+            args = make_parser().parse_args(argv)
+            prepare()
+            args.run(args)
+            sys.stdout.flush()
+        except KeyboardInterrupt:
+            return 130
+        except BrokenPipeError:  # who reads the output has enough of it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (ValueError, OSError) as error:
+            return refuse(error)
     return 0
+
+
+def refuse(error: Exception) -> int:
+    """Say in one line what the mistake is; the exit code."""
+    message = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.strerror else str(error)
+    print(visible(re.sub(r"\s*\n\s*", " ", f"flashdlm: {message}")), file=sys.stderr)
+    return 2
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -123,7 +143,7 @@ def add_demo(commands) -> None:
     add("--repeats", 1, "runs of each method, of which the median time counts")
     add("--show", 0, "problems to decode in view first")
     add("--seed", 0, "seed of the draw of problems")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the figures to this file, too")
+    parser.add_argument("--json", metavar="PATH", help="write the figures to this file, too")
 
 
 def integer_from(least: int):
@@ -139,6 +159,8 @@ def integer_from(least: int):
 
 def generate(args: argparse.Namespace) -> None:
     """`flashdlm generate`."""
+    from rich.console import Console
+
     prompts = read_prompts(args.prompt)
     checkpoint, options = load(args)
     if args.stream:
@@ -152,6 +174,11 @@ def generate(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """`flashdlm chat`."""
+    from rich.console import Console
+
+    from ..console.chat import run_chat
+    from ..tiny import FOLDER, GUIDANCE, sample_problems
+
     notes, guidance = Console(stderr=True, highlight=False, markup=False, soft_wrap=True), {}
     if args.model is None:
         args.model = str(FOLDER / "dlm")
@@ -162,8 +189,12 @@ def chat(args: argparse.Namespace) -> None:
     run_chat(checkpoint, options, args.system, Console(highlight=False), notes)
 
 
-def load(args: argparse.Namespace, **guidance) -> tuple[Checkpoint, dict]:
+def load(args: argparse.Namespace, **guidance):
     """The diffusion model and the keywords of `generate`, a guider with its settings `guidance` among them."""
+    import torch
+
+    from ..console.checkpoint import Checkpoint
+
     quiet_host(progress_bars=sys.stderr.isatty())
     checkpoint = Checkpoint.load(args.model, args.device, args.dtype)
     values = {name: vars(args).get(name) for name in DECODING_OPTIONS}
@@ -186,12 +217,12 @@ def read_prompts(prompts: list[str] | None) -> list[str]:
     return prompts
 
 
-def report(continuation: Continuation, stats: bool) -> None:
+def report(continuation, stats: bool) -> None:
     """With `stats`, print a line for each prompt and one for the time."""
     if not stats:
         return
     output = continuation.output
-    guider_forwards = torch.zeros_like(output.nfe) if output.guider_forwards is None else output.guider_forwards
+    guider_forwards = 0 * output.nfe if output.guider_forwards is None else output.guider_forwards
     columns = (output.nfe, guider_forwards, output.active_tokens, output.tokens_per_forward)
     for nfe, guided, active, rate in zip(*(column.tolist() for column in columns), strict=True):
         print(
@@ -203,18 +234,24 @@ def report(continuation: Continuation, stats: bool) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """`flashdlm demo`."""
-    if args.json is not None and (args.json.is_dir() or not args.json.parent.is_dir()):
-        raise ValueError(f"`--json` must be a file in a folder that exists, got {str(args.json)!r}.")
+    from rich.console import Console
+
+    from ..bench.demo import run_demo
+
+    if args.json is not None:
+        check_writable("--json", args.json)
     quiet_host(progress_bars=False)
     record = run_demo(
         Settings(args.problems, args.batch_size, args.repeats, args.show, args.seed), Console(highlight=False)
     )
     if args.json is not None:
-        args.json.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        write_json(Path(args.json), record)
 
 
 def quiet_host(progress_bars: bool) -> None:
     """Keep the host's hints out of the output, and its progress bars unless they are wanted."""
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     if not progress_bars:
         logging.disable_progress_bar()

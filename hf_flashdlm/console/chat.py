@@ -11,6 +11,7 @@ from contextlib import suppress
 from rich.console import Console
 
 from .checkpoint import Checkpoint, Continuation
+from .terminal import visible
 
 
 with suppress(ImportError):  # not on every system
@@ -55,7 +56,7 @@ def run_chat(checkpoint: Checkpoint, options: dict, system: str | None, console:
         except ValueError as error:
             if continuation is None:
                 raise  # the mistake may be in `options`, which no question can change
-            notes.print(f"{error} Or {CLEAR} forgets the conversation.")
+            notes.print(f"{visible(str(error))} Or {CLEAR} forgets the conversation.")
         else:
             turns += [question, {"role": "assistant", "content": continuation.texts[0]}]
             notes.print(statistics(continuation), style=NOTE)

@@ -1,13 +1,12 @@
 """Continuing prompts with a checkpoint, as `flashdlm generate` does it.
 
-Owns the loading of a diffusion model, its tokenizer and a guider, the chat template, and the choice between a batch
-and a stream. A mistake of the user's is a `ValueError` of one sentence. Knows nothing of how decoding works.
+Owns which models are a diffusion model and a guider, and the choice between a batch and a stream. A mistake of the
+user's is a `ValueError` of one sentence. Knows nothing of how decoding works.
 """
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -15,9 +14,6 @@ from rich.live import Live
 from rich.text import Text
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,13 +24,15 @@ from ..configuration_dream import DreamConfig
 from ..configuration_llada import LLaDAConfig
 from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
+from ..hub import loading
+from ..hub.loading import check_device, load_config, load_tokenizer
+from .defaults import MAX_NEW_TOKENS
 from .display import CanvasStreamer, mask_character
+from .prompts import Prompt, encode_chat, encode_text
+from .terminal import visible
 
 
 MODEL_TYPES = (LLaDAConfig.model_type, DreamConfig.model_type)
-MAX_NEW_TOKENS = 128  # where neither the caller nor the checkpoint names a length
-
-Prompt = str | list[dict]  # a text or the turns of a conversation
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ class Checkpoint:
                 f"`--model` must be a diffusion model of type {' or '.join(MODEL_TYPES)}, got type "
                 f"{config.model_type!r}."
             )
-        return cls(load_weights("--model", name, device, dtype), load_tokenizer("--model", name))
+        return cls(load_weights("--model", name, config, device, dtype), load_tokenizer("--model", name))
 
     def load_guider(self, name: str, device: str = "auto", dtype: str = "auto", **settings) -> ARGuider:
         """A guider with `settings` from the model in a folder or on the Hub, which may have another tokenizer."""
@@ -130,7 +128,7 @@ class Checkpoint:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             streamer = self.canvas_streamer(lambda text: live.update(text, refresh=True), console)
             continuation = self.continue_prompts([prompt], options | {"streamer": streamer}, chat)
-        console.out(continuation.texts[0], highlight=False)
+        console.out(visible(continuation.texts[0]), highlight=False)
         return continuation
 
     def canvas_streamer(self, show: Callable[[Text], None], console: Console, pause: float = 0.0) -> CanvasStreamer:
@@ -144,12 +142,18 @@ class Checkpoint:
         if chat and not has_template:
             raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
         chat = has_template if chat is None else chat
-        if chat:
-            conversations = [[{"role": "user", "content": one}] if isinstance(one, str) else one for one in prompts]
-            prompts = self.tokenizer.apply_chat_template(conversations, tokenize=False, add_generation_prompt=True)
-        # A chat template writes the special tokens itself.
-        inputs = self.tokenizer(prompts, padding=True, return_tensors="pt", add_special_tokens=not chat)
-        return {name: inputs[name].to(self.model.device) for name in ("input_ids", "attention_mask")}
+        rows = [self._ids(prompt, chat) for prompt in prompts]
+        length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
+        input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
+        attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
+        return {"input_ids": input_ids.to(self.model.device), "attention_mask": attention_mask.to(self.model.device)}
+
+    def _ids(self, prompt: Prompt, chat: bool) -> list[int]:
+        if not chat:
+            return encode_text(self.tokenizer, prompt)
+        return encode_chat(
+            self.tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        )
 
 
 def with_sampling(options: dict) -> dict:
@@ -169,23 +173,11 @@ def load_guider(name: str, device: str = "auto", dtype: str = "auto") -> PreTrai
     config = load_config("--guider", name)
     if config.model_type in MODEL_TYPES or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"`--guider` must be an autoregressive language model, got type {config.model_type!r}.")
-    return load_weights("--guider", name, device, dtype)
+    return load_weights("--guider", name, config, device, dtype)
 
 
-def load_config(option: str, name: str) -> PreTrainedConfig:
-    """A configuration, without running code of the repository."""
-    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
-        raise ValueError(f"`{option}` must be a folder with a checkpoint or a Hub repository, got no folder {name!r}.")
-    try:
-        return AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`{option}` must be a folder with a checkpoint or a Hub repository, got {name!r}: {first_line(error)}"
-        ) from error
-
-
-def load_weights(option: str, name: str, device: str, dtype: str) -> PreTrainedModel:
-    """A model, on `device` and in `dtype`; from safetensors alone, as other files may hold code."""
+def load_weights(option: str, name: str, config: PreTrainedConfig, device: str, dtype: str) -> PreTrainedModel:
+    """A model, on `device` and in `dtype`; arguments as of [`Checkpoint.load`]."""
     if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"`--dtype` must be auto or a dtype of torch, got {dtype!r}.")
     if device == "auto":
@@ -193,35 +185,4 @@ def load_weights(option: str, name: str, device: str, dtype: str) -> PreTrainedM
     else:
         check_device(device)
         device_map = device
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, device_map=device_map, use_safetensors=True, trust_remote_code=False
-        ).eval()
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{option}` could not be loaded from {name!r}: {first_line(error)}") from error
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that torch does not know or cannot reach here."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"`--device` must be auto or a device that torch can use here, got {device!r}.") from error
-
-
-def load_tokenizer(option: str, name: str) -> PreTrainedTokenizerBase:
-    """A tokenizer that pads on the left, as a batch of prompts needs it."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{option}` must have a tokenizer, got {name!r}: {first_line(error)}") from error
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # the host makes an empty one where the files are missing
-        raise ValueError(f"`{option}` must have a tokenizer, got {name!r}: it has no vocabulary.")
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
-def first_line(error: Exception) -> str:
-    """What the host says first; the lines behind it are about arguments of its own."""
-    return str(error).strip().partition("\n")[0]
+    return loading.load_weights(option, name, config, device_map, dtype)

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from .terminal import visible
+
 
 MASKED, FRESH, WRITTEN = "dim", "bold green", ""
 
@@ -75,7 +77,8 @@ class CanvasStreamer:
         # A run of one style is decoded at once, because a character may be spread over several tokens.
         for style, run in groupby(enumerate(ids[:end]), key=lambda item: self._style(*item, before)):
             run_ids = [token_id for _, token_id in run]
-            text.append(f" {self.mask}" * len(run_ids) if style == MASKED else self.tokenizer.decode(run_ids), style)
+            written = f" {self.mask}" * len(run_ids) if style == MASKED else visible(self.tokenizer.decode(run_ids))
+            text.append(written, style)
         return text
 
     def _style(self, index: int, token_id: int, before: list[int] | None) -> str:

@@ -5,7 +5,10 @@ cards. Which source files belong together is the host's to say. Knows nothing of
 """
 
 import json
+import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jinja2
@@ -13,7 +16,6 @@ import torch
 from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from safetensors import safe_open
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -26,7 +28,6 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from .. import __version__
 from ..configuration_dream import DreamConfig
 from ..configuration_llada import LLaDAConfig
 from ..generate import generate
@@ -35,6 +36,8 @@ from ..modeling_dream import DreamModel
 from ..modeling_llada import LLaDAModelLM
 from ..tiny import FOLDER
 from ..tokenization_dream import DreamTokenizer
+from ..version import __version__
+from .loading import bounded, load_config, load_tokenizer, load_weights, refusing, shard_names, stored_sizes
 
 
 MODELS = {LLaDAConfig.model_type: (LLaDAConfig, LLaDAModelLM), DreamConfig.model_type: (DreamConfig, DreamModel)}
@@ -67,19 +70,19 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
     check_repo_id(repo_id)
     source = _fetch(checkpoint)
     config = _diffusion_config(source, checkpoint)
+    weights = _whole_weights(source, checkpoint, config)
     model = _meta_model(config)
-    weights = weight_files(source, checkpoint, model)
-    generation_config = _generation_config(source, config)
+    generation_config = _generation_config(source, checkpoint, config)
     tokenizer = _tokenizer(source, checkpoint)
-    directory = _new_directory(directory)
-    for name in weights:
-        shutil.copyfile(source / name, directory / name)
-    _save_code(model, directory)
-    model.config.save_pretrained(directory)
-    generation_config.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    has_chat_template = tokenizer.chat_template is not None
-    _save_card(directory, card or _card_of(checkpoint), repo_id, checkpoint, has_chat_template=has_chat_template)
+    with _new_directory(directory, source) as directory:
+        for name in weights:
+            shutil.copyfile(source / name, directory / name)
+        _save_code(model, directory)
+        model.config.save_pretrained(directory)
+        generation_config.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        has_chat_template = tokenizer.chat_template is not None
+        _save_card(directory, card or _card_of(checkpoint), repo_id, checkpoint, has_chat_template=has_chat_template)
     return directory
 
 
@@ -90,16 +93,22 @@ def export_guider(checkpoint: str, directory: str | Path, repo_id: str, card: st
     """
     check_repo_id(repo_id)
     source = _fetch(checkpoint)
-    if _config_dict(source, checkpoint).get("model_type") in MODELS:
+    settings = {"config.json": _config_dict(source, checkpoint)}
+    if settings["config.json"].get("model_type") in MODELS:
         raise ValueError(f"`checkpoint` must be an autoregressive model, got the diffusion model {checkpoint!r}.")
-    weights = weight_files(source, checkpoint)
+    config = load_config("checkpoint", str(source))
+    weights = _whole_weights(source, checkpoint, config)
+    if (source / "generation_config.json").is_file():
+        settings["generation_config.json"] = _read_json(source / "generation_config.json", checkpoint)
     tokenizer = _tokenizer(source, checkpoint)
-    directory = _new_directory(directory)
-    for name in (*weights, "config.json", "generation_config.json"):
-        if (source / name).is_file():
+    with _new_directory(directory, source) as directory:
+        for name in weights:
             shutil.copyfile(source / name, directory / name)
-    tokenizer.save_pretrained(directory)
-    _save_card(directory, card, repo_id, checkpoint)
+        for name, values in settings.items():
+            values.pop("auto_map", None)  # code of the source
+            (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        tokenizer.save_pretrained(directory)
+        _save_card(directory, card, repo_id, checkpoint)
     return directory
 
 
@@ -125,12 +134,13 @@ def export_code(model_type: str, directory: str | Path, repo_id: str, checkpoint
     config = MODELS[model_type][0]() if checkpoint is None else _diffusion_config(_fetch(checkpoint), checkpoint)
     if config.model_type != model_type:
         raise ValueError(f"`checkpoint` must be of type {model_type!r}, got {config.model_type!r}.")
-    model = _meta_model(config)
-    directory = _new_directory(directory)
-    _save_code(model, directory)
-    model.config.auto_map = {name: f"{repo_id}--{value}" for name, value in model.config.auto_map.items()}
-    model.config.save_pretrained(directory)
-    _save_card(directory, "code", repo_id, checkpoint, model_type=model_type)
+    with refusing("`checkpoint` must have a config.json that describes a model"), bounded():
+        model = _meta_model(config)
+    with _new_directory(directory) as directory:
+        _save_code(model, directory)
+        model.config.auto_map = {name: f"{repo_id}--{value}" for name, value in model.config.auto_map.items()}
+        model.config.save_pretrained(directory)
+        _save_card(directory, "code", repo_id, checkpoint, model_type=model_type)
     return directory
 
 
@@ -140,11 +150,11 @@ def export_strategy(directory: str | Path, repo_id: str) -> Path:
     [`export_model`].
     """
     check_repo_id(repo_id)
-    directory = _new_directory(directory)
-    (directory / STRATEGY).mkdir()
-    custom_object_save(generate, directory / STRATEGY)
-    (directory / STRATEGY / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
-    _save_card(directory, "strategy", repo_id, None)
+    with _new_directory(directory) as directory:
+        (directory / STRATEGY).mkdir()
+        custom_object_save(generate, directory / STRATEGY)
+        (directory / STRATEGY / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
+        _save_card(directory, "strategy", repo_id, None)
     return directory
 
 
@@ -160,32 +170,58 @@ def check_repo_id(repo_id: str) -> None:
 
 
 def _fetch(checkpoint: str) -> Path:
-    """The folder of a checkpoint, downloaded if it is not one."""
-    if Path(checkpoint).is_dir():
-        return Path(checkpoint)
-    try:
-        return Path(snapshot_download(checkpoint, allow_patterns=list(NEEDED)))
-    except (HFValidationError, OSError, *CONNECTION_ERRORS) as error:
-        raise ValueError(
-            f"`checkpoint` must be a folder or a repository that can be downloaded, got {checkpoint!r} "
-            f"({type(error).__name__})."
-        ) from error
+    """The folder of a checkpoint, downloaded if it is not one; all that a link in it leads to is inside."""
+    with refusing(f"`checkpoint` must be a folder or a repository, got {checkpoint!r}"):
+        is_folder = Path(checkpoint).is_dir()
+    if is_folder:
+        source = Path(checkpoint)
+    else:
+        try:
+            source = Path(snapshot_download(checkpoint, allow_patterns=list(NEEDED)))
+        except (HFValidationError, OSError, *CONNECTION_ERRORS) as error:
+            raise ValueError(
+                f"`checkpoint` must be a folder or a repository that can be downloaded, got {checkpoint!r} "
+                f"({type(error).__name__})."
+            ) from error
+    check_links("checkpoint", source)
+    return source
+
+
+def check_links(option: str, folder: Path) -> None:
+    """Refuse a folder with a link out of it; a snapshot in the Hub's cache has its content in the folder `blobs`."""
+    root = Path(os.path.realpath(folder))
+    homes = [root, root.parents[1] / "blobs"] if root.parent.name == "snapshots" else [root]
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink() and not any(Path(os.path.realpath(path)).is_relative_to(home) for home in homes):
+            raise ValueError(
+                f"`{option}` must have no link that leads out of it, but in {str(folder)!r} "
+                f"{path.relative_to(folder).as_posix()!r} does: put the file there, or remove the link."
+            )
+
+
+def _read_json(path: Path, checkpoint: str) -> dict:
+    """A file of settings."""
+    with refusing(f"`checkpoint` must have a {path.name} in JSON, but in {checkpoint!r}"):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"`checkpoint` must have an object in {path.name}, got {type(values).__name__}.")
+    return values
 
 
 def _config_dict(source: Path, checkpoint: str) -> dict:
     if not (source / "config.json").is_file():
         raise ValueError(f"`checkpoint` must have a config.json, which {checkpoint!r} has not.")
-    return PreTrainedConfig.get_config_dict(source)[0]
+    return _read_json(source / "config.json", checkpoint)
 
 
 def _diffusion_config(source: Path, checkpoint: str) -> PreTrainedConfig:
     """The configuration of a LLaDA or Dream checkpoint."""
     model_type = _config_dict(source, checkpoint).get("model_type")
-    if model_type not in MODELS:
+    if not isinstance(model_type, str) or model_type not in MODELS:
         raise ValueError(
             f"`checkpoint` must be a diffusion model of type {' or '.join(map(repr, MODELS))}, got {model_type!r}."
         )
-    return MODELS[model_type][0].from_pretrained(source)
+    return load_config("checkpoint", str(source))
 
 
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
@@ -194,41 +230,47 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return MODELS[config.model_type][1](config)
 
 
-def weight_files(source: Path, checkpoint: str, model: PreTrainedModel | None = None) -> list[str]:
-    """Names of the files of weights, which must be there and hold all that `model` needs."""
-    if (source / SAFE_WEIGHTS_INDEX_NAME).is_file():
-        index = json.loads((source / SAFE_WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))
-        shards = sorted(set(index["weight_map"].values()))
-        names = [*shards, SAFE_WEIGHTS_INDEX_NAME]
-    else:
-        names = shards = [SAFE_WEIGHTS_NAME]
+def weight_files(source: Path, checkpoint: str) -> list[str]:
+    """Names of the files of weights as Transformers chooses them, which must be there and be safetensors."""
+    names = shards = [SAFE_WEIGHTS_NAME]
+    index = source / SAFE_WEIGHTS_INDEX_NAME
+    if index.is_file():
+        with refusing(f"`checkpoint` must have an index of its weights that can be read, but in {checkpoint!r}"):
+            indexed = shard_names(index)
+        if not (source / SAFE_WEIGHTS_NAME).is_file():
+            names, shards = [*indexed, SAFE_WEIGHTS_INDEX_NAME], indexed
     absent = [name for name in names if not (source / name).is_file()]
     if absent:
         raise ValueError(f"`checkpoint` must have its weights as safetensors, but {checkpoint!r} has no {absent[0]}.")
-    if model is not None:
-        stored = set()
-        for name in shards:
-            with safe_open(source / name, "pt") as weights:
-                stored.update(weights.keys())
-        missing = sorted(set(model.state_dict()) - set(model.all_tied_weights_keys) - stored)
-        if missing:
-            raise ValueError(
-                f"`checkpoint` must have all weights of {type(model).__name__}, but {checkpoint!r} lacks "
-                f"{len(missing)} of them, {missing[0]} first."
-            )
+    for name in shards:
+        with refusing(f"`checkpoint` must have its weights as safetensors, but in {checkpoint!r} {name} is none"):
+            stored_sizes(source / name)
     return names
 
 
-def _generation_config(source: Path, config: PreTrainedConfig) -> GenerationConfig:
+def _whole_weights(source: Path, checkpoint: str, config: PreTrainedConfig) -> list[str]:
+    """Names of the files of weights, which hold all that the model needs, in its sizes."""
+    if getattr(config, "transformers_weights", None) is not None:
+        raise ValueError(
+            f"`checkpoint` must have its weights in {SAFE_WEIGHTS_NAME} or shards of an index, but the config.json of "
+            f"{checkpoint!r} names another file: remove `transformers_weights` there."
+        )
+    names = weight_files(source, checkpoint)
+    load_weights("checkpoint", str(source), config)
+    return names
+
+
+def _generation_config(source: Path, checkpoint: str, config: PreTrainedConfig) -> GenerationConfig:
     """The checkpoint's, our options included, completed so that a pipeline adds nothing of its own."""
     path = source / "generation_config.json"
-    values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    values = _read_json(path, checkpoint) if path.is_file() else {}
     # The host would drop our options from a file with this mark.
     values.pop("_from_model_config", None)
     special = {name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "mask_token_id")}
     values = {"do_sample": False, "max_new_tokens": 128} | special | values
-    generation_config = GenerationConfig(**values)
-    DiffusionOptions.read(generation_config)
+    with refusing(f"`checkpoint` must have a generation_config.json that can be used, but in {checkpoint!r}"):
+        generation_config = GenerationConfig(**values)
+        DiffusionOptions.read(generation_config)
     return generation_config
 
 
@@ -238,27 +280,38 @@ def _tokenizer(source: Path, checkpoint: str) -> PreTrainedTokenizerBase:
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"`checkpoint` must have a tokenizer, which {checkpoint!r} has not.")
     # Dream's tokenizer is Qwen2's, whose name loads without this package and without remote code.
-    is_dream = get_tokenizer_config(source).get("tokenizer_class", "").startswith(DreamTokenizer.__name__)
-    kind = Qwen2Tokenizer if is_dream else AutoTokenizer
-    try:
-        tokenizer = kind.from_pretrained(source, padding_side="left", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`checkpoint` must have a tokenizer of Transformers', which {checkpoint!r} has not."
-        ) from error
+    with refusing(f"`checkpoint` must have a tokenizer of Transformers', which {checkpoint!r} has not"):
+        named = str(get_tokenizer_config(source).get("tokenizer_class"))
+    kind = Qwen2Tokenizer if named.startswith(DreamTokenizer.__name__) else AutoTokenizer
+    tokenizer = load_tokenizer("checkpoint", str(source), kind)
     for name in ("auto_map", "is_local", "local_files_only"):  # of the source, and not to be saved
         tokenizer.init_kwargs.pop(name, None)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def _new_directory(directory: str | Path) -> Path:
+@contextmanager
+def _new_directory(directory: str | Path, source: Path | None = None) -> Iterator[Path]:
+    """A folder that is new or empty, outside of `source`; what fails inside the block leaves it as it was."""
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    if source is not None and Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(source)):
+        raise ValueError(f"`directory` must not lie in the checkpoint, got {str(directory)!r}.")
+    try:
+        existed = directory.is_dir()
+        in_use = any(directory.iterdir()) if existed else directory.exists()
+        if not in_use:
+            directory.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`directory` must be a folder that can be written, got {str(directory)!r}.") from error
+    if in_use:
         raise ValueError(f"`directory` must be new or empty, got {str(directory)!r}.")
-    directory.mkdir(parents=True, exist_ok=True)
-    return directory
+    try:
+        yield directory
+    except BaseException:
+        for path in directory.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if not existed:
+            directory.rmdir()
+        raise
 
 
 def _save_code(model: PreTrainedModel, directory: Path) -> None:
@@ -289,8 +342,8 @@ def _card_of(checkpoint: str) -> str:
 def _save_card(directory: Path, card: str, repo_id: str, checkpoint: str | None, **values) -> None:
     """Fill in a card of `model_cards/` and write it as README.md."""
     folder = _cards()
-    if card.startswith("_") or not (folder / f"{card}.md").is_file():
-        known = sorted(path.stem for path in folder.glob("[!_R]*.md"))
+    known = sorted(path.stem for path in folder.glob("[!_R]*.md"))
+    if card not in known:
         raise ValueError(f"`card` must be one of {', '.join(known)}, got {card!r}.")
     values |= {
         "version": __version__,

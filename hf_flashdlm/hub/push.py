@@ -5,6 +5,8 @@ nothing of how the folder was written or of decoding.
 """
 
 import json
+import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -12,20 +14,44 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from transformers.dynamic_module_utils import get_relative_import_files
 
-from .. import __version__
-from .export import CONNECTION_ERRORS, STRATEGY, check_repo_id, weight_files
+from ..version import __version__
+from .export import CONNECTION_ERRORS, STRATEGY, check_links, check_repo_id, weight_files
+from .loading import refusing
 
 
 IGNORED = (".*", "*/.*", "*__pycache__*", "*.pyc")  # what a folder is pushed without
+PUBLISHED = (  # and the files of weights
+    *("README.md", "LICENSE*", "NOTICE*", "*.png", "*.svg", "*.gif", "*.jpg"),
+    *(
+        "config.json",
+        "generation_config.json",
+        "model.safetensors.index.json",
+        "*.py",
+        "custom_generate/requirements.txt",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("merges.txt", "vocab.txt", "*.model", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
+REFERENCE = re.compile(r"([\w.-]+/[\w.-]+--)?\w+\.\w+")  # a class in `auto_map`
 REPLACED = ("*.safetensors", "*.safetensors.index.json", "*.py")  # of an earlier version it might be loaded instead
 
 
 def list_files(directory: str | Path) -> dict[str, int]:
-    """What a push of `directory` would upload, if it is a complete repository: names and sizes in bytes."""
+    """
+    What a push of `directory` would upload, if it is a complete repository and nothing else: names and sizes in bytes.
+    """
     directory = Path(directory)
-    _check_exported(directory)
-    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if path.is_file())
-    return {name: (directory / name).stat().st_size for name in filter_repo_objects(names, ignore_patterns=IGNORED)}
+    check_links("directory", directory)
+    weights = _check_exported(directory)
+    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")) if not path.is_dir())
+    names = list(filter_repo_objects(names, ignore_patterns=IGNORED))
+    for name in names:
+        published = any(fnmatch(name, pattern) for pattern in PUBLISHED) and (directory / name).is_file()
+        if not published and name not in weights:
+            raise ValueError(
+                f"`directory` must hold nothing but a repository's files, got {name!r}: move it elsewhere."
+            )
+    return {name: (directory / name).stat().st_size for name in names}
 
 
 def push(
@@ -101,8 +127,8 @@ def _refusal(error: HfHubHTTPError, repo_id: str) -> str:
     return f"the Hub refused the push to {repo_id} ({said}): nothing was tagged; run it again when that is remedied."
 
 
-def _check_exported(directory: Path) -> None:
-    """Refuse to publish a folder that would not load."""
+def _check_exported(directory: Path) -> list[str]:
+    """Refuse to publish a folder that would not load; the names of its files of weights."""
 
     def need(name: str) -> Path:
         if not (directory / name).is_file():
@@ -110,18 +136,37 @@ def _check_exported(directory: Path) -> None:
         return directory / name
 
     need("README.md")
-    modules = []
+    modules, weights = [], []
     if (directory / STRATEGY).is_dir() and not (directory / "config.json").is_file():
         modules.append(need(f"{STRATEGY}/generate.py"))
         need(f"{STRATEGY}/requirements.txt")
     else:
-        auto_map = json.loads(need("config.json").read_text(encoding="utf-8")).get("auto_map", {})
-        modules += [need(value.rpartition("--")[2].partition(".")[0] + ".py") for value in auto_map.values()]
-        if not any("--" in value for value in auto_map.values()):
-            weight_files(directory, str(directory))
+        references = _code_references(need("config.json"))
+        modules += [need(value.rpartition("--")[2].partition(".")[0] + ".py") for value in references]
+        if not any("--" in value for value in references):
+            weights = weight_files(directory, str(directory))
             need("tokenizer_config.json")
     for module in modules:
         try:
-            get_relative_import_files(module)
-        except FileNotFoundError as error:
-            need(Path(error.filename).relative_to(directory).as_posix())
+            with refusing(f"`directory` must hold code that can be read, but {module.name} is not"):
+                get_relative_import_files(module)
+        except ValueError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            need(Path(error.__cause__.filename).relative_to(directory).as_posix())
+    return weights
+
+
+def _code_references(path: Path) -> list[str]:
+    """The classes that a config.json names: module and class, after the repository if it is another."""
+    with refusing(f"`directory` must have a config.json in JSON, but in {str(path.parent)!r}"):
+        config = json.loads(path.read_text(encoding="utf-8"))
+    auto_map = config.get("auto_map") if isinstance(config, dict) else config
+    values = auto_map.values() if isinstance(auto_map, dict) else [] if auto_map is None else [auto_map]
+    references = [
+        one for value in values for one in (value if isinstance(value, list) else [value]) if one is not None
+    ]
+    for one in references:
+        if not isinstance(config, dict) or not isinstance(one, str) or not REFERENCE.fullmatch(one):
+            raise ValueError(f"`directory` must have a config.json that names classes in auto_map, got {one!r}.")
+    return references
