@@ -14,21 +14,24 @@ import hf_flashdlm
 PACKAGE = Path(hf_flashdlm.__file__).parent
 # By path in the package: "cache", "bench/demo", "hub/__init__".
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in PACKAGE.rglob("*.py")}
-ENTRIES = ("generate", "modeling_dream", "modeling_llada")
+ENTRIES = ("generate", *sorted(name for name in MODULES if name.startswith("modeling_") and "/" not in name))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "tokenization_dream"}
+PACKAGE_ONLY = {"__init__", "__main__", "tokenization_dream", "unsupported"}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
-    "cache canvas_processors compiling configuration_dream configuration_llada generation_config generation_output "
-    "guider_gate schedule streaming tokenization_dream unmasking windows",
-    "denoiser guider_reader stopping",
+    "cache canvas_processors compiling configuration_diffusion configuration_dream generation_config "
+    "generation_output guider_gate schedule streaming tokenization_dream unmasking unsupported windows",
+    "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
+    "configuration_open_dcoder configuration_sdar denoiser guider_reader stopping",
+    "configuration_llada",
     "denoising_loop guider_text",
     "guider",
     "methods",
     "generation_mixin",
-    "generate modeling_dream modeling_llada",
+    "generate modeling_diffusion modeling_dream modeling_llada",
+    "modeling_a2d modeling_fast_dllm_v2 modeling_llada2 modeling_llada_moe modeling_open_dcoder modeling_sdar",
     "__init__",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
