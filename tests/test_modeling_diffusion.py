@@ -229,6 +229,29 @@ def test_open_dcoder_loads_a_checkpoint_that_says_qwen2(tmp_path):
     assert type(AutoConfig.from_pretrained(tmp_path)).__name__ == "Qwen2Config"
 
 
+def test_open_dcoder_decodes_as_dream_does(left_padded):
+    path = GOLDENS.parent / "model_dream"
+    dream = AutoModelForCausalLM.from_pretrained(path).eval()
+    fields = {name: value for name, value in dream.config.to_dict().items() if name not in ("model_type", "auto_map")}
+    model = hf_flashdlm.OpenDCoderModel(hf_flashdlm.OpenDCoderConfig(**fields)).eval()
+    model.load_state_dict(dream.state_dict())
+    ids, mask = left_padded([[5, 70, 200, 41], [9, 33]])
+    inputs = dict(inputs=ids, attention_mask=mask, max_new_tokens=16, steps=8, schedule="timesteps")
+    assert torch.equal(model.generate(**inputs), dream.generate(**inputs))
+
+
+@pytest.mark.parametrize("name", ["llada2/llada_moe", "block_ar/a2d_qwen3", "block_ar/a2d_qwen2"])
+def test_bidirectional_rows_decode_alone_as_in_an_uneven_batch(left_padded, name):
+    model, prompts = load(name), [[5, 70, 200, 41, 8], [9, 33], [44, 12, 7, 90, 1, 2, 3, 4]]
+    options = dict(max_new_tokens=16, block_length=8, mask_token_id=model.config.vocab_size - 1)
+    ids, mask = left_padded(prompts)
+    batch = model.generate(ids, attention_mask=mask, **options)
+    for row, prompt in zip(batch, prompts, strict=True):
+        one = torch.tensor([prompt])
+        alone = model.generate(one, attention_mask=torch.ones_like(one), **options)
+        assert row[ids.shape[1] :].tolist() == alone[0, len(prompt) :].tolist()
+
+
 @pytest.mark.parametrize(
     ("kind", "shift"), [("SDAR", 0), ("Fast_dLLM_Qwen", 1), ("OpenDCoder", 1), ("A2DQwen3", 0), ("LLaDAMoE", 0)]
 )
