@@ -1,32 +1,52 @@
 """Fast decoding of masked diffusion language models with Hugging Face transformers.
 
-Importing the package registers LLaDA and Dream with the Auto classes.
+Importing the package registers its model classes with the Auto classes.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from .block_causal import make_block_causal
 from .blocks import AdaptiveBlocks, BlockPolicy, FixedBlocks
 from .cache import FreeCache
 from .canvas_processors import CanvasProcessor
+from .configuration_a2d import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config
 from .configuration_dream import DreamConfig
+from .configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
 from .configuration_llada import LLaDAConfig
+from .configuration_llada2 import LLaDA2MoeConfig
+from .configuration_llada_moe import LLaDAMoEConfig
+from .configuration_open_dcoder import OpenDCoderConfig
+from .configuration_sdar import SDARConfig, SDARMoeConfig
 from .console.display import CanvasStreamer
 from .generation_config import DiffusionOptions
 from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider, ProductMixture
 from .methods import METHODS
+from .modeling_a2d import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .modeling_dream import DreamModel
+from .modeling_fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
 from .modeling_llada import LLaDAModelLM
+from .modeling_llada2 import LLaDA2MoeModelLM
+from .modeling_llada_moe import LLaDAMoEModelLM
+from .modeling_open_dcoder import OpenDCoderModel
+from .modeling_sdar import SDARForCausalLM, SDARMoeForCausalLM
 from .schedule import Schedule
 from .tokenization_dream import DreamTokenizer
 from .unmasking import Confidence, Drafts, MostConfident, UnmaskingRule
+from .unsupported import REFUSED
 from .version import __version__
 from .windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow, Window, WindowPolicy
 
 
 __all__ = [
     "METHODS",
+    "A2DLlamaConfig",
+    "A2DLlamaLMHeadModel",
+    "A2DQwen2Config",
+    "A2DQwen2LMHeadModel",
+    "A2DQwen3Config",
+    "A2DQwen3LMHeadModel",
     "ARGuider",
     "AdaptiveBlocks",
     "BlockPolicy",
@@ -41,15 +61,27 @@ __all__ = [
     "DreamConfig",
     "DreamModel",
     "DreamTokenizer",
+    "Fast_dLLM_QwenConfig",
+    "Fast_dLLM_QwenForCausalLM",
     "FixedBlocks",
     "FlashDLMGenerationMixin",
     "FreeCache",
     "FreeCacheWindow",
     "FullWindow",
+    "LLaDA2MoeConfig",
+    "LLaDA2MoeModelLM",
     "LLaDAConfig",
+    "LLaDAMoEConfig",
+    "LLaDAMoEModelLM",
     "LLaDAModelLM",
     "MostConfident",
+    "OpenDCoderConfig",
+    "OpenDCoderModel",
     "ProductMixture",
+    "SDARConfig",
+    "SDARForCausalLM",
+    "SDARMoeConfig",
+    "SDARMoeForCausalLM",
     "Schedule",
     "UnmaskingRule",
     "Window",
@@ -57,10 +89,25 @@ __all__ = [
     "__version__",
     "diffusion_generate",
     "make_bidirectional",
+    "make_block_causal",
 ]
 
-for _config, _model in ((LLaDAConfig, LLaDAModelLM), (DreamConfig, DreamModel)):
+_MODELS = {
+    LLaDAConfig: LLaDAModelLM,
+    DreamConfig: DreamModel,
+    SDARConfig: SDARForCausalLM,
+    SDARMoeConfig: SDARMoeForCausalLM,
+    A2DQwen3Config: A2DQwen3LMHeadModel,
+    A2DQwen2Config: A2DQwen2LMHeadModel,
+    A2DLlamaConfig: A2DLlamaLMHeadModel,
+    Fast_dLLM_QwenConfig: Fast_dLLM_QwenForCausalLM,
+    LLaDA2MoeConfig: LLaDA2MoeModelLM,
+}
+# Their `model_type` is another's: LLaDA's configuration makes that of LLaDA-MoE, and Open-dCoder has to be named.
+_SHARED = {LLaDAMoEConfig: LLaDAMoEModelLM, OpenDCoderConfig: OpenDCoderModel}
+for _config in (*_MODELS, *REFUSED):
     AutoConfig.register(_config.model_type, _config)
+for _config, _model in (_MODELS | _SHARED).items():
     for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
         _auto.register(_config, _model)
 AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer)

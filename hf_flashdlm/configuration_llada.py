@@ -8,6 +8,8 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.versions import require_version
 
+from .configuration_llada_moe import LLaDAMoEConfig
+
 
 require_version("transformers>=5.18", "hf_flashdlm needs it: `pip install -U transformers`.")
 
@@ -164,6 +166,12 @@ class LLaDAConfig(PreTrainedConfig):
     input_emb_norm: bool = False
     scale_logits: bool = False
     is_causal: bool = False
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As of Transformers; a file of LLaDA-MoE, which has the same `model_type`, makes an [`LLaDAMoEConfig`]."""
+        kind = LLaDAMoEConfig if config_dict.get("num_experts") is not None else super()
+        return kind.from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

@@ -14,20 +14,23 @@ import hf_flashdlm
 PACKAGE = Path(hf_flashdlm.__file__).parent
 # By path in the package: "cache", "bench/demo", "hub/__init__".
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-ENTRIES = ("generate", "modeling_dream", "modeling_llada")
+ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_")))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "tokenization_dream", "version"}
+PACKAGE_ONLY = {"__init__", "__main__", "tokenization_dream", "unsupported", "version"}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
-    "cache canvas_processors compiling configuration_dream configuration_llada generation_output guider_gate methods "
-    "schedule streaming tokenization_dream unmasking version windows",
-    "blocks denoiser generation_config guider_reader stopping",
+    "cache canvas_processors compiling configuration_diffusion configuration_dream generation_output guider_gate "
+    "methods schedule streaming tokenization_dream unmasking unsupported version windows",
+    "block_causal blocks configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
+    "configuration_open_dcoder configuration_sdar denoiser generation_config guider_reader stopping",
+    "configuration_llada",
     "denoising_loop guider_text",
     "guider parts",
     "generation_mixin",
-    "generate modeling_dream modeling_llada",
+    "generate modeling_diffusion modeling_dream modeling_llada",
+    "modeling_a2d modeling_fast_dllm_v2 modeling_llada2 modeling_llada_moe modeling_open_dcoder modeling_sdar",
     "__init__",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -1,0 +1,32 @@
+"""Diffusion language models that are known and cannot be decoded here, refused by name.
+
+Owns the table of their `model_type` and why. Knows nothing of the models that are supported.
+"""
+
+from transformers import PreTrainedConfig
+
+
+REASONS = {
+    "wedlm": (
+        "WeDLM reorders tokens under causal attention, which is not supported: decode it with its own code, or load "
+        "an SDAR checkpoint"
+    ),
+    "llada2_moe_veomni": (
+        "this is LLaDA2 in the format of its trainer dFactory, with stacked experts, which is not supported: convert "
+        "it to the Hub's format with dFactory's script"
+    ),
+}
+
+
+def _refusing(model_type: str) -> type[PreTrainedConfig]:
+    """A configuration class that only says why."""
+
+    def __post_init__(self, **kwargs):
+        raise ValueError(
+            f"`model_type` must be one that hf_flashdlm decodes, got {model_type!r}: {REASONS[model_type]}."
+        )
+
+    return type("RefusedConfig", (PreTrainedConfig,), {"model_type": model_type, "__post_init__": __post_init__})
+
+
+REFUSED = tuple(map(_refusing, REASONS))
