@@ -11,6 +11,7 @@ forward, and one transfer per step, of the drafts and their confidence, keeps th
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 
@@ -36,6 +37,7 @@ class Row:
     step: int = 0  # where the block's schedule stands
     nfe: int = 0  # forwards so far
     active_tokens: int = 0  # query positions computed so far
+    due: int = 0  # the next step writes all drafts before this position
 
     @property
     def frontier(self) -> int:
@@ -221,6 +223,9 @@ def _unmask(
     """Write those of a row's drafts that schedule and rule choose."""
     quota, row.step = method.schedule(row)
     places = select(confidence, candidate, quota, method.rule)
+    if row.due > row.frontier:
+        due = (place for place, position in enumerate(positions) if candidate[place] and position < row.due)
+        places = sorted({*places, *(place for place in due if confidence[place] > -inf)})
     if not places and quota > 0 and any(candidate):
         raise RuntimeError(
             f"Row {row.index} could not unmask any position: every candidate was refused or has no finite score. "

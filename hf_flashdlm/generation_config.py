@@ -130,6 +130,7 @@ class DiffusionOptions:
     mask_token_id: int | None = None
 
     def __post_init__(self):
+        self._take_scalars()
         for name in ("block_length", "steps", "freeze_length", "right_window", "refresh_blocks", "refresh_steps"):
             self._check_number(name, int, 1)
         for name in ("freeze_lag", "left_margin", "mask_token_id"):
@@ -151,6 +152,13 @@ class DiffusionOptions:
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {getattr(self, name)!r}.")
         self._check_rules()
         self._check_policy()
+
+    def _take_scalars(self) -> None:
+        """Scalars of numpy and torch become plain numbers."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+                object.__setattr__(self, field.name, value.item())
 
     def _check_number(self, name: str, kind: type, lowest: int, highest: int | None = None) -> None:
         value = getattr(self, name)

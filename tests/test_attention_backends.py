@@ -5,7 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+import transformers.integrations.flex_attention as flex_utils
+import transformers.masking_utils
 import transformers.modeling_flash_attention_utils as flash_utils
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AttentionInterface, AttentionMaskInterface, Qwen2Config, Qwen2ForCausalLM
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -92,10 +95,18 @@ def test_flash_attention_gives_the_tokens_of_eager(flash, model_of, decode, name
     assert flash.nfe.tolist() == eager.nfe.tolist()
 
 
-@pytest.mark.slow  # Transformers compiles it
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("policy", [dict(window_policy="dkv"), dict(right_window=8)], ids=str)
-def test_flex_attention_gives_the_tokens_of_eager(model_of, decode, policy):
+def test_flex_attention_gives_the_tokens_of_eager(model_of, decode, monkeypatch, policy):
+    def attend(query, key, value, training=False, **options):
+        return flex_attention(query, key, value, **options)
+
+    def block_mask(*args, _compile=None, **options):
+        return create_block_mask(*args, **options)
+
+    # Transformers compiles both, which takes minutes.
+    monkeypatch.setattr(flex_utils, "compile_friendly_flex_attention", attend)
+    monkeypatch.setattr(transformers.masking_utils, "create_block_mask", block_mask)
     eager, flex = (
         decode(model_of("llada", backend), PROMPTS, **OPTIONS, **policy) for backend in ("eager", "flex_attention")
     )
