@@ -5,7 +5,13 @@ that are computed, and the arguments of `forward`. House law: row j of what it r
 Knows nothing of blocks, policies, or how tokens are chosen.
 """
 
+import inspect
+
 import torch
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.integrations.flex_attention import flex_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .cache import FreeCache
 from .compiling import CompiledForward
@@ -13,6 +19,37 @@ from .windows import Window
 
 
 WIDTH_STEP = 16  # a compiled forward takes multiples of so many positions, that few shapes have to be compiled
+
+
+# What is known of the attention functions of Transformers: how each is told which keys a query sees.
+_BACKENDS = {sdpa_attention_forward: "sdpa", flex_attention_forward: "flex", flash_attention_forward: "flash"}
+
+
+def attention_backend(model) -> str:
+    """
+    The kind of the attention that the text part of `model` runs: "eager", "sdpa", "flex" or "flash", the last also for
+    the kernels of the Hub that Transformers calls in the same way.
+
+    Raises:
+        ValueError: If it is none of them, or if the forward does not hand on what flash attention has to be told.
+    """
+    name = model.config.get_text_config()._attn_implementation
+    if name == "eager":
+        return name
+    function = dict(ALL_ATTENTION_FUNCTIONS).get(name)
+    backend = _BACKENDS.get(getattr(function, "func", function))  # a kernel of the Hub may be bound by `partial`
+    if backend is None:
+        raise ValueError(
+            "`attn_implementation` must be eager, sdpa, flex_attention or a flash attention of Transformers, "
+            f"whose masks are known, got {name!r}: call `model.set_attn_implementation('sdpa')`."
+        )
+    parameters = inspect.signature(model.forward).parameters.values()
+    if backend == "flash" and not any(one.kind is one.VAR_KEYWORD for one in parameters):
+        raise ValueError(
+            f"`attn_implementation` {name!r} needs a forward that takes further keywords, which that of "
+            f"{type(model).__name__} does not: call `model.set_attn_implementation('sdpa')`."
+        )
+    return backend
 
 
 class Denoiser:
@@ -34,7 +71,7 @@ class Denoiser:
     ):
         self.forward = CompiledForward(model, compile_config)
         self.is_static = compile_config is not None
-        self.takes_broadcast = model.config._attn_implementation == "sdpa"
+        self.backend = attention_backend(model)
         self.cache = cache
         self.shift = logits_shift
         self.first = canvas_mask.argmax(1).tolist()  # where each row begins, behind its padding
@@ -78,7 +115,7 @@ class Denoiser:
         logits = self.forward(
             input_ids=input_ids,
             position_ids=position_ids,
-            attention_mask=self._attention_mask([window.attended for window in windows]),
+            **self._attention([window.attended for window in windows], feed, input_ids.shape[1]),
             cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
@@ -170,19 +207,41 @@ class Denoiser:
         """How many leading keys the queries are given; a mask hides those that a row does not see."""
         return self.canvas_mask.shape[1] if self._sees_all else max(attended)
 
-    def _attention_mask(self, attended: list[int]) -> torch.Tensor | None:
-        """Mask over the attended keys, `None` where every row sees them all."""
+    def _attention(self, attended: list[int], feed, num_queries: int) -> dict:
+        """The arguments of the forward that say which keys the queries of each row see."""
         longest = self._num_keys(attended)
         uneven = self._sees_all or min(attended) < longest
+        if self.backend == "flash":
+            # By itself it takes one row at scattered positions for several packed ones.
+            is_plain = not self.padded and not uneven and isinstance(feed, slice)
+            return {"attention_mask": None} | ({} if is_plain else self._segments(attended, longest, num_queries))
         if not self.padded and not uneven:
-            return None
+            return {"attention_mask": None}
         mask = self.canvas_mask[:, :longest]
         if uneven:
             device = mask.device
             mask = mask * (torch.arange(longest, device=device) < torch.tensor(attended, device=device)[:, None])
-        # All queries of a row see the same keys. The host would write that out for each of them, queries times keys;
-        # the one backend that takes a mask which broadcasts is spared it.
-        return mask.bool()[:, None, None] if self.takes_broadcast else mask
+        # All queries of a row see the same keys. Transformers would write that out for each of them, queries times
+        # keys; the one backend that takes a mask which broadcasts is spared it.
+        return {"attention_mask": mask.bool()[:, None, None] if self.backend == "sdpa" else mask}
+
+    def _segments(self, attended: list[int], longest: int, num_queries: int) -> dict:
+        """
+        The rows as segments of packed sequences, the form of flash attention, which takes the last columns of a mask
+        for its queries. The keys that a row does not see, left and right, are segments without a query.
+        """
+        queries, keys = [0], [0]
+        for row, (first, stop) in enumerate(zip(self.first, attended, strict=True)):
+            queries += [num_queries * row] + [num_queries * (row + 1)] * 2
+            keys += [longest * row + first, longest * row + stop, longest * (row + 1)]
+        lengths = torch.tensor([queries, keys], dtype=torch.int32).to(self.canvas_mask.device)
+        return dict(
+            zip(
+                ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+                (*lengths, num_queries, longest),
+                strict=True,
+            )
+        )
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""

@@ -41,6 +41,7 @@ class Row:
     step: int = 0  # where the block's schedule stands
     nfe: int = 0  # forwards so far
     active_tokens: int = 0  # query positions computed so far
+    due: int = 0  # the next step writes all drafts before this position
 
     @property
     def frontier(self) -> int:
@@ -229,6 +230,8 @@ def _unmask(
             "A logits processor must leave each unfinished row a candidate other than the mask token."
         )
     chosen = _chosen(method.rule, drafts, row)
+    if row.due > row.frontier:
+        chosen = sorted({*chosen, *(position for position in drafts.candidates if position < row.due)})
     row.write({position: drafts.token_id(position) for position in chosen})
     if entropy is not None:
         row.written_entropy = max((entropy[position - positions.start] for position in chosen), default=0.0)

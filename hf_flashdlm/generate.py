@@ -4,14 +4,14 @@ Owns the forms in which the host calls a custom strategy, and what it adds to th
 nothing of how a call becomes a decode.
 """
 
-import copy
 import inspect
 
 import torch
-from transformers.generation import EosTokenCriteria, MaxLengthCriteria
+from transformers.generation import LogitsProcessorList
 
 from .generation_config import DiffusionOptions
-from .generation_mixin import diffusion_generate
+from .generation_inputs import check_inputs
+from .generation_mixin import FlashDLMGenerationMixin, as_diffusion_model, diffusion_generate
 
 
 # What says where a strategy is loaded from; the host hands it on to the strategy itself.
@@ -26,6 +26,10 @@ LOADING_ARGUMENTS = (
     "token",
     "trust_remote_code",
 )
+
+
+# What belongs to a call and not to its configuration.
+CALL_ARGUMENTS = ("guider", "generator", "streamer", "synced_gpus")
 
 
 @torch.no_grad()
@@ -53,38 +57,44 @@ def generate(inputs=None, generation_config=None, *, model, custom_generate=None
 @torch.no_grad()
 def decode(model, input_ids, *, generation_config, logits_processor=None, stopping_criteria=(), **kwargs):
     r"""
-    The same as a callable: `model.generate(..., custom_generate=decode, guider=guider)`. The host drops `streamer`
-    and `tokenizer` in this form, which [`diffusion_generate`] takes.
+    The same as a callable: `model.generate(..., custom_generate=decode, guider=guider)`. From models of other classes
+    Transformers does not hand on `streamer`, and `tokenizer` for `stop_strings`, in this form:
+    [`diffusion_generate`] takes both.
 
     Args:
         model (`PreTrainedModel`): See [`diffusion_generate`].
         input_ids (`torch.LongTensor` of shape `(batch_size, prompt_length)`): Prompts.
-        generation_config (`GenerationConfig`): As the host has completed it.
-        logits_processor (`LogitsProcessorList`, *optional*): The caller's and the host's.
-        stopping_criteria (`StoppingCriteriaList`, *optional*): The caller's and the host's.
-        kwargs: `guider`, `generator`, the options of [`DiffusionOptions`], and the host's arguments of a forward.
+        generation_config (`GenerationConfig`): As Transformers has completed it.
+        logits_processor (`LogitsProcessorList`, *optional*): The caller's and those of Transformers, as it has made
+            them: they are used as they are.
+        stopping_criteria (`StoppingCriteriaList`, *optional*): The caller's and those of Transformers.
+        kwargs: `guider`, `generator`, `streamer`, `synced_gpus`, the options of [`DiffusionOptions`], and arguments of
+            a forward.
 
     Returns:
         As of [`diffusion_generate`].
     """
-    generation_config = copy.copy(generation_config)
-    generation_config.num_return_sequences = 1  # the rows are there already
-    if generation_config.max_new_tokens is not None:
-        generation_config.max_length = None
-    criteria = [one for one in stopping_criteria if not isinstance(one, EosTokenCriteria | MaxLengthCriteria)]
-    ours = {name: kwargs[name] for name in (*_NAMES, "attention_mask") if kwargs.get(name) is not None}
-    return diffusion_generate(
-        model,
+    view = as_diffusion_model(model)
+    own = {name: kwargs.pop(name) for name in CALL_ARGUMENTS if kwargs.get(name) is not None}
+    options = {name: kwargs[name] for name in DiffusionOptions.names() if kwargs.get(name) is not None}
+    model_kwargs = {"attention_mask": kwargs.get("attention_mask")}
+    generation_config, _ = FlashDLMGenerationMixin._prepare_generation_config(view, generation_config, **options)
+    input_ids = check_inputs(view, input_ids, model_kwargs)
+    # The cache that Transformers has made for another class is an autoregressive one.
+    FlashDLMGenerationMixin._prepare_cache_for_generation(view, generation_config, model_kwargs)
+    return FlashDLMGenerationMixin._sample(
+        view,
         input_ids,
-        generation_config=generation_config,
-        logits_processor=logits_processor,
-        stopping_criteria=criteria,
-        **ours,
+        LogitsProcessorList() if logits_processor is None else logits_processor,
+        stopping_criteria,
+        generation_config,
+        **own,
+        **model_kwargs,
     )
 
 
-# The host passes a callable what its signature names, and refuses the rest as unknown.
-_NAMES = ("guider", "generator", *DiffusionOptions.names())
+# Transformers passes a callable what its signature names, and refuses the rest as unknown.
+_NAMES = (*CALL_ARGUMENTS, "tokenizer", *DiffusionOptions.names())
 _signature = inspect.signature(decode)
 decode.__signature__ = _signature.replace(
     parameters=[

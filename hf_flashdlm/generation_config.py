@@ -184,6 +184,7 @@ class DiffusionOptions:
     mask_token_id: int | None = None
 
     def __post_init__(self):
+        self._take_scalars()
         for name in (
             *("block_length", "steps", "freeze_length", "right_window", "refresh_blocks", "refresh_steps"),
             "delimiter_window",
@@ -205,6 +206,13 @@ class DiffusionOptions:
         self._check_rules()
         self._check_blocks()
         self._check_policy()
+
+    def _take_scalars(self) -> None:
+        """Scalars of numpy and torch become plain numbers."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if hasattr(value, "item") and getattr(value, "ndim", None) == 0:
+                object.__setattr__(self, field.name, value.item())
 
     def _check_number(self, name: str, kind: type, lowest: int, highest: int | None = None) -> None:
         value = getattr(self, name)

@@ -10,7 +10,7 @@ import inspect
 import math
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch.nn.functional import pad
@@ -25,10 +25,18 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache import FreeCache
 from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
-from .compiling import CACHE_NAME, cache_name, device_of
+from .compiling import CACHE_NAME, cache_name
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
 from .generation_config import PARTS, PEER_NAMES, DiffusionOptions
+from .generation_inputs import (
+    Layout,
+    check_inputs,
+    check_numbers,
+    check_prompt,
+    lay_out,
+    mask_token_id_of,
+)
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider
 from .guider_reader import is_language_model
@@ -74,20 +82,25 @@ class FlashDLMGenerationMixin(GenerationMixin):
     _supported_generation_modes = [GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE]
 
     def _extract_generation_mode_kwargs(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer):
-        """Hook 1 of 4: let our two objects through, which no configuration can hold."""
+        """Hook 1 of 5: let our two objects through, which no configuration can hold."""
         if assistant_model is not None:
             raise ValueError(
                 "`assistant_model` proposes tokens, which a diffusion model does itself: pass the model as `guider` "
                 "to let it judge the drafts."
             )
         ours = {name: kwargs.pop(name) for name in ("guider", "generator") if name in kwargs}
+        if callable(custom_generate):
+            # Transformers drops what `_sample` takes, too, even if the callable names it.
+            named = inspect.signature(custom_generate).parameters
+            for name, value in (("tokenizer", kwargs.get("tokenizer")), ("streamer", streamer)):
+                ours |= {name: value} if name in named else {}
         extracted = super()._extract_generation_mode_kwargs(
             custom_generate, kwargs, synced_gpus, assistant_model, streamer
         )
         return extracted | {name: value for name, value in ours.items() if value is not None}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
-        """Hook 2 of 4: keywords of ours, which the host's config would call unknown; refusals."""
+        """Hook 2 of 5: keywords of ours, which the host's config would call unknown; refusals."""
         for name in kwargs.keys() & PEER_NAMES.keys():
             raise ValueError(f"`{name}` is an option of other implementations: here it is {PEER_NAMES[name]}.")
         if "cache" in kwargs:
@@ -101,13 +114,16 @@ class FlashDLMGenerationMixin(GenerationMixin):
         _refuse_saved_objects(generation_config)
         for name, value in ours.items():
             setattr(generation_config, name, value)
-        if "block_length" not in given:
-            _yield_block_length(generation_config)
+        if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
+            generation_config.block_length = None  # a recommendation of the model yields to a single block
+        if not hasattr(generation_config, "_recommends_block_length"):
+            generation_config._recommends_block_length = "block_length" not in given
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
                 raise ValueError(f"`{name}` has no meaning for a diffusion decode, got {value!r}: drop it.")
         DiffusionOptions.read(generation_config)
+        check_numbers(generation_config)
         return generation_config, model_kwargs
 
     def save_pretrained(self, *args, **kwargs):
@@ -115,17 +131,16 @@ class FlashDLMGenerationMixin(GenerationMixin):
         _refuse_saved_objects(self.generation_config)
         return super().save_pretrained(*args, **kwargs)
 
+    def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
+        """Hook 3 of 5: the inputs are checked before anything is done with them."""
+        inputs = check_inputs(self, inputs, model_kwargs)
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
-        """Hook 3 of 4: the cache is a FreeCache, or none."""
-        cache = model_kwargs.get(CACHE_NAME)
-        if cache is not None and (not getattr(cache, "keeps_positions", False) or cache.is_initialized):
-            raise ValueError(
-                f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a {type(cache).__name__} of "
-                f"{cache.get_seq_length()} tokens: drop it, or `reset` it."
-            )
+        """Hook 4 of 5: the cache is a FreeCache, or none."""
         if DiffusionOptions.read(generation_config).window_policy == "none":
             model_kwargs[CACHE_NAME] = None
-        elif cache is None:
+        elif model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = FreeCache()
 
     def _sample(  # noqa: PLR0913, the host's signature
@@ -140,7 +155,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         generator: torch.Generator | None = None,
         **model_kwargs,
     ) -> DiffusionGenerationOutput | torch.LongTensor:
-        """Hook 4 of 4: one call becomes one run of the loop."""
+        """Hook 5 of 5: one call becomes one run of the loop."""
         started = time.perf_counter()
         if not isinstance(generator, torch.Generator | None):
             raise ValueError(f"`generator` must be a `torch.Generator`, got {type(generator).__name__}.")
@@ -148,12 +163,13 @@ class FlashDLMGenerationMixin(GenerationMixin):
             raise ValueError("`generator` is the source of randomness of `do_sample=True`, got do_sample=False.")
         _check_model(self)
         # 1. The canvas: prompt and masks.
-        options = DiffusionOptions.read(generation_config)
-        mask_token_id = _mask_token_id(self, options)
+        max_length = int(generation_config.max_length)
+        num_new = max_length - input_ids.shape[1]
+        options = _read_options(generation_config, num_new)
+        mask_token_id = mask_token_id_of(self, options)
         logits_processor, guidance = _split_guidance(logits_processor)
-        layout = _lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance)
-        _check_prompt(self, layout, mask_token_id, generation_config.max_length)
-        num_new = generation_config.max_length - input_ids.shape[1]
+        layout = lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance, max_length)
+        check_prompt(self, layout, mask_token_id, max_length)
         canvas = pad(layout.input_ids, (0, num_new), value=mask_token_id)
         canvas_mask = pad(layout.prompt_mask, (0, num_new), value=1)
         # 2. The parts.
@@ -171,7 +187,9 @@ class FlashDLMGenerationMixin(GenerationMixin):
         processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip)
         # 3. The loop.
         state = DenoisingState.start(canvas, mask_token_id, prompt_length, method.window_policy.history)
-        ends = RowEnds(state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria))
+        ends = RowEnds(
+            state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria), skip
+        )
         stream = Stream(streamer, prompt_length, skip)
 
         def after_step(state):
@@ -184,7 +202,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
-        output = ends.output(input_ids.device, skip=skip, **statistics)
+        output = ends.output(input_ids.device, **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
 
 
@@ -197,15 +215,6 @@ def _refuse_saved_objects(generation_config) -> None:
                 f"`{name}` must be a string in a generation config, which is saved as JSON, got an object of "
                 f"{type(value).__name__}: pass the object to `generate`."
             )
-
-
-def _yield_block_length(generation_config) -> None:
-    """Let the block length that a model recommends yield to a short request, and to a single block."""
-    shortest, block_length = generation_config.max_new_tokens, getattr(generation_config, "block_length", None)
-    if getattr(generation_config, "blocks", None) == "whole":
-        generation_config.block_length = None
-    elif shortest and block_length and block_length > shortest:
-        generation_config.block_length = shortest
 
 
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
@@ -232,12 +241,26 @@ def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> Diffusi
         inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): As `input_ids`.
         kwargs: As of `generate`.
     """
+    view = as_diffusion_model(model)
+    return type(view).generate(view, inputs, **kwargs)  # not `view.generate`, which may be a strategy's
+
+
+def as_diffusion_model(model: PreTrainedModel) -> FlashDLMGenerationMixin:
+    """The model, or a view of it: the same weights and configs under a class with the hooks above."""
     if isinstance(model, FlashDLMGenerationMixin):
-        return type(model).generate(model, inputs, **kwargs)  # not `model.generate`, which may be a strategy's
+        return model
     kind = type(f"FlashDLM{type(model).__name__}", (FlashDLMGenerationMixin, type(model)), {})
     view = kind.__new__(kind)
-    view.__dict__ = model.__dict__  # the same weights and configs under a class whose hooks are ours
-    return FlashDLMGenerationMixin.generate(view, inputs, **kwargs)
+    view.__dict__ = model.__dict__
+    return view
+
+
+def _read_options(generation_config: GenerationConfig, num_new: int) -> DiffusionOptions:
+    """The options of the call; a block length that the model recommends yields to a shorter request."""
+    options = DiffusionOptions.read(generation_config)
+    if getattr(generation_config, "_recommends_block_length", False) and (options.block_length or 0) > num_new > 0:
+        return replace(options, block_length=num_new)
+    return options
 
 
 def _check_model(model) -> None:
@@ -273,34 +296,6 @@ def _without_autograd(compile_config):
     return nullcontext() if is_distributed or compile_config is not None else torch.inference_mode()
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Prompts of one length, padded on the left, on the model's device."""
-
-    input_ids: torch.LongTensor  # (B, P)
-    prompt_mask: torch.LongTensor  # (B, P)
-    negative_ids: torch.LongTensor | None = None  # (B, P)
-    negative_mask: torch.LongTensor | None = None
-
-
-def _lay_out(model, input_ids, prompt_mask, guidance) -> _Layout:
-    """Bring prompt and negative prompt to the same length."""
-    device = device_of(model)
-    ids = input_ids.to(device)
-    mask = torch.ones_like(ids) if prompt_mask is None else prompt_mask.to(device)
-    if guidance is None or guidance.unconditional_context["input_ids"] is None:
-        return _Layout(ids, mask)
-    negative = guidance.unconditional_context["input_ids"].to(device)
-    negative_mask = guidance.unconditional_context["attention_mask"]
-    negative_mask = torch.ones_like(negative) if negative_mask is None else negative_mask.to(device)
-    repeats = len(ids) // len(negative)
-    longest = max(ids.shape[1], negative.shape[1])
-    return _Layout(
-        *(pad(one, (longest - one.shape[1], 0)) for one in (ids, mask)),
-        *(pad(one, (longest - one.shape[1], 0)).repeat_interleave(repeats, 0) for one in (negative, negative_mask)),
-    )
-
-
 def _split_guidance(logits_processor: LogitsProcessorList):
     """Take the host's classifier-free guidance, which runs the model itself, out of its processors."""
     kind = UnbatchedClassifierFreeGuidanceLogitsProcessor
@@ -312,7 +307,7 @@ def _split_guidance(logits_processor: LogitsProcessorList):
 
 
 def _denoiser(  # noqa: PLR0913, what a call is made of
-    model, canvas, canvas_mask, layout: _Layout, guidance, mask_token_id: int, model_kwargs, compile_config
+    model, canvas, canvas_mask, layout: Layout, guidance, mask_token_id: int, model_kwargs, compile_config
 ):
     shift = getattr(model.config, "logits_shift", 0)
     cache = model_kwargs.get(CACHE_NAME)
@@ -328,49 +323,6 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
         unconditional_mask = pad(layout.negative_mask, behind, value=1)
     denoiser = Denoiser(model, torch.cat([canvas_mask, unconditional_mask]), cache, shift, compile_config)
     return ClassifierFreeGuidance(denoiser, guidance.guidance_scale, unconditional, given)
-
-
-def _mask_token_id(model, options: DiffusionOptions) -> int:
-    mask_token_id = options.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = getattr(model.config, "mask_token_id", None)
-    vocab_size = model.config.get_text_config().vocab_size
-    if mask_token_id is None or mask_token_id >= vocab_size:
-        raise ValueError(
-            f"`mask_token_id` must be an id of the model's vocabulary of {vocab_size}, got {mask_token_id}: set it in "
-            "`model.config` or pass it to `generate`."
-        )
-    return mask_token_id
-
-
-def _check_prompt(model, layout: _Layout, mask_token_id: int, max_length: int) -> None:
-    """Refuse prompts that cannot be continued."""
-    _check_padding("input_ids", layout.input_ids, layout.prompt_mask)
-    if layout.negative_ids is not None:
-        _check_padding("negative_prompt_ids", layout.negative_ids, layout.negative_mask)
-    if ((layout.input_ids == mask_token_id) & (layout.prompt_mask == 0)).any():
-        raise ValueError(
-            f"`input_ids` must not be padded with the mask token {mask_token_id}, whose positions are filled: set "
-            "another `pad_token` in the tokenizer."
-        )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise ValueError(
-            f"`max_new_tokens` and the prompt must fit the model's {longest} positions together, got {max_length}: "
-            "shorten one of them."
-        )
-
-
-def _check_padding(name: str, input_ids: torch.LongTensor, prompt_mask: torch.LongTensor) -> None:
-    if prompt_mask.shape != input_ids.shape:
-        raise ValueError(
-            f"`attention_mask` must have the shape of `{name}`, {tuple(input_ids.shape)}, got "
-            f"{tuple(prompt_mask.shape)}."
-        )
-    if input_ids.numel() == 0 or not prompt_mask.any(1).all():
-        raise ValueError(f"`{name}` must hold at least one token in every row that is not padding, got an empty row.")
-    if not prompt_mask[:, -1].all():
-        raise ValueError(f"`{name}` must be padded on the left, got padding on the right: set padding_side='left'.")
 
 
 def _guider(guider, options: DiffusionOptions):

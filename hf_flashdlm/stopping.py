@@ -13,60 +13,110 @@ class RowEnds:
     Decides after each step which rows are finished, and keeps what they end with.
 
     A row is finished when nothing is masked any more, or when an end token has been written and nothing left of it is
-    masked; stopping criteria are asked about every prefix that has become clean.
+    masked. Stopping criteria are asked after every step, see [`RowEnds.ask`]; what was given is never cut.
 
     Args:
         state ([`DenoisingState`]): The state before the first step.
         prompt_length (`int`): End tokens count from here on.
         pad_token_id (`int`): Fills a row behind its end.
         eos_token_ids (`Iterable[int]`, *optional*): End tokens; without them rows fill their canvas.
-        stopping_criteria (`list`): Criteria of the host, asked with `(ids (1, length), None)`.
+        stopping_criteria (`list`): Criteria of Transformers or of the caller, called with `(ids, None)`.
+        skip (`int`): Columns of the canvas that the caller's prompt does not have.
     """
 
-    def __init__(self, state, prompt_length: int, pad_token_id: int, eos_token_ids=(), stopping_criteria=()):
-        self.prompt_length, self.pad_token_id = prompt_length, pad_token_id
+    def __init__(self, state, prompt_length: int, pad_token_id: int, eos_token_ids=(), stopping_criteria=(), skip=0):
+        self.prompt_length, self.pad_token_id, self.skip = prompt_length, pad_token_id, skip
         self.eos_token_ids = set(eos_token_ids)
         self.stopping_criteria = stopping_criteria
+        self.mask_token_id = state.rows[0].tokens[state.rows[0].frontier]
+        self.rows = list(state.rows)  # of the caller's batch, whose tokens stay as the rows ended
         self.generated = [bytes(row.masked) for row in state.rows]  # for each position whether it was to be filled
         self.clean = [row.frontier for row in state.rows]  # prefix that was clean at the last step
         self.ends = [len(row.masked) + 1 for row in state.rows]  # behind the first end token written
-        self.finished: list = [None] * len(state.rows)
+        self.finished = [False] * len(state.rows)
 
     def update(self, state) -> tuple[list[int], list[bool]]:
         """For each row the length up to which its text is final, and whether it is finished."""
-        rows = [self._update(index, row, state.canvas) for index, row in enumerate(state.rows)]
-        return [final for final, _ in rows], [finished for _, finished in rows]
-
-    def _update(self, index: int, row, canvas: torch.LongTensor) -> tuple[int, bool]:
-        for position in row.written:
-            if row.tokens[position] in self.eos_token_ids and position >= self.prompt_length:
-                self.ends[row.index] = min(self.ends[row.index], position + 1)
-        final = min(row.frontier, self.ends[row.index])
-        finished = final in (self.ends[row.index], len(row.masked))
+        before = list(self.clean)
+        for row in state.rows:
+            for position in row.written:
+                if row.tokens[position] in self.eos_token_ids and position >= self.prompt_length:
+                    self.ends[row.index] = min(self.ends[row.index], position + 1)
+            self.clean[row.index] = min(row.frontier, self.ends[row.index])
+            self.finished[row.index] = self.clean[row.index] in (self.ends[row.index], len(row.masked))
         if self.stopping_criteria:
-            for end in range(self.clean[row.index] + 1, final + 1):
-                prefix = canvas[index : index + 1, :end]
-                if any(bool(criterion(prefix, None).all()) for criterion in self.stopping_criteria):
-                    final, finished = end, True
-                    break
-        self.clean[row.index] = final
-        if finished:
-            self.finished[row.index] = row
-        return final, finished
+            self.ask(state, before)
+        indices = [row.index for row in state.rows]
+        return [self.clean[index] for index in indices], [self.finished[index] for index in indices]
 
-    def output(self, device, skip: int = 0, **guider_statistics) -> DiffusionGenerationOutput:
+    def ask(self, state, before: list[int]) -> None:
+        r"""
+        Ask the stopping criteria as a decode from left to right would: about every length that a row's clean text has
+        reached at this step, in order, and about the last one again where it has not grown.
+
+        They are shown the caller's whole batch, its rows cut to that length. What is not clean yet is the mask token,
+        what follows the end of a row the pad token. An answer for each row counts for the rows that have just reached
+        the length; a single one counts for all.
+
+        A row whose first generated token is not there yet is not ended: its masks up to that token are written at the
+        next step.
+        """
+        first = self.prompt_length + 1
+        lengths = {
+            row.index: range(max(before[row.index] + 1, first), self.clean[row.index] + 1)
+            or range(max(self.clean[row.index], first), max(self.clean[row.index], first) + 1)
+            for row in state.rows
+        }
+        stopped = {}  # of each row: the length at which it is told to
+        shown = self._shown(max(reached.stop for reached in lengths.values()), state.canvas.device)
+        for length in sorted(set().union(*lengths.values())):
+            reached = {index for index in lengths if length in lengths[index]} - stopped.keys()
+            for criterion in self.stopping_criteria if reached else ():
+                ids = shown[:, : length - self.skip].clone()  # it may write into what it is shown
+                answer = self._answers(criterion(ids, None))
+                for index in lengths if answer is True else [one for one in reached if answer and answer[one]]:
+                    stopped.setdefault(index, length if index in reached else self.clean[index])
+        for row in state.rows:
+            if row.index in stopped and self.clean[row.index] < first:
+                row.due = first
+            elif row.index in stopped:
+                self.clean[row.index], self.finished[row.index] = stopped[row.index], True
+
+    def _shown(self, length: int, device) -> torch.LongTensor:
+        """What criteria are shown of the caller's batch, up to `length`."""
+        shown = []
+        for row, clean, finished in zip(self.rows, self.clean, self.finished, strict=True):
+            filler = self.pad_token_id if finished else self.mask_token_id
+            shown.append((row.tokens[:clean] + [filler] * (length - clean))[self.skip : length])
+        return torch.tensor(shown, device=device)
+
+    def _answers(self, answer) -> bool | list[bool]:
+        """What a criterion has answered, for the whole batch or for each of its rows."""
+        if isinstance(answer, bool):
+            return answer
+        answers = torch.as_tensor(answer).bool()
+        if answers.numel() == 1 and answers.ndim == 0:
+            return bool(answers)
+        if answers.numel() != len(self.rows):
+            raise ValueError(
+                "A criterion of `stopping_criteria` must answer with a bool or with one for each of the "
+                f"{len(self.rows)} rows, got shape {tuple(answers.shape)}."
+            )
+        return answers.flatten().tolist()
+
+    def output(self, device, **guider_statistics) -> DiffusionGenerationOutput:
         """The output of the call, on `device`, without the first `skip` columns, cut behind its longest row."""
         longest = max(self.clean)
         sequences = [
-            row.tokens[skip:end] + [self.pad_token_id] * (longest - end)
-            for row, end in zip(self.finished, self.clean, strict=True)
+            row.tokens[self.skip : end] + [self.pad_token_id] * (longest - end)
+            for row, end in zip(self.rows, self.clean, strict=True)
         ]
         lengths = [sum(one[:end]) for one, end in zip(self.generated, self.clean, strict=True)]
-        nfe = torch.tensor([row.nfe for row in self.finished])
+        nfe = torch.tensor([row.nfe for row in self.rows])
         return DiffusionGenerationOutput(
             sequences=torch.tensor(sequences, device=device),
             nfe=nfe,
             tokens_per_forward=torch.tensor(lengths) / nfe,
-            active_tokens=torch.tensor([row.active_tokens for row in self.finished]),
+            active_tokens=torch.tensor([row.active_tokens for row in self.rows]),
             **guider_statistics,
         )

@@ -251,11 +251,11 @@ def test_no_mask_of_queries_times_keys_is_built_where_the_kernel_can_do_without(
         masks.clear()
 
 
-def test_other_backends_get_the_mask_of_the_host(model, forwards):
+def test_other_backends_get_the_mask_in_the_form_of_transformers(model, forwards):
     mask = all_seen()
     mask[0, :3] = 0
     denoiser = denoiser_of(model, mask)
-    denoiser.takes_broadcast = False
+    denoiser.backend = "eager"
     denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), [4, 4])
     assert torch.equal(forwards[0]["attention_mask"], mask)
 

@@ -26,7 +26,7 @@ LAYERS = (
     "block_causal blocks configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
     "configuration_open_dcoder configuration_sdar denoiser generation_config guider_reader stopping",
     "configuration_llada",
-    "denoising_loop guider_text",
+    "denoising_loop generation_inputs guider_text",
     "guider parts",
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",

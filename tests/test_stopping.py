@@ -1,7 +1,9 @@
 """When a row is finished, and what the output says of it."""
 
+import numpy
 import pytest
 import torch
+from transformers import StoppingCriteria
 
 from hf_flashdlm.stopping import RowEnds
 
@@ -15,9 +17,9 @@ def decode(start):
     """`decode("p____")` starts one; its `write("pa_b_", nfe=1)` is the answer when the canvas has become the texts."""
 
     class Decode:
-        def __init__(self, *texts, ends=(END, OTHER_END), criteria=()):
+        def __init__(self, *texts, ends=(END, OTHER_END), criteria=(), skip=0, prompt=PROMPT):
             self.state = start(*texts)
-            self.ends = RowEnds(self.state, PROMPT, PAD, ends, criteria)
+            self.ends = RowEnds(self.state, prompt, PAD, ends, criteria, skip)
             self.output = self.ends.output
 
         def write(self, *texts, nfe=1):
@@ -74,10 +76,10 @@ def test_an_end_token_that_was_given_ends_nothing(decode, canvas, written):
 
 
 def test_what_is_behind_an_end_becomes_padding_and_the_longest_row_cuts_the_output(decode):
-    run = decode("p_____", "p_____")
-    run.write("pa!b__", "pabc!_")
-    assert text(run.output("cpu")) == ["pa!..", "pabc!"]
-    assert text(run.output("cpu", skip=1)) == ["a!..", "abc!"]
+    for skip in (0, 1):
+        run = decode("p_____", "p_____", skip=skip)
+        run.write("pa!b__", "pabc!_")
+        assert text(run.output("cpu")) == [row[skip:] for row in ("pa!..", "pabc!")]
 
 
 def test_counts_are_of_each_row_until_it_was_finished(decode):
@@ -123,3 +125,104 @@ def test_a_criterion_stops_its_own_row(decode):
     assert run.write("pac_", "pab_")[1] == [True, False]
     assert run.write("pabd", nfe=3)[1] == [True]
     assert text(run.output("cpu")) == ["pac.", "pabd"] and run.output("cpu").nfe.tolist() == [1, 3]
+
+
+def seen(input_ids):
+    return ["".join(map(chr, row)) for row in input_ids.tolist()]
+
+
+def test_a_criterion_is_shown_the_callers_batch_cut_to_the_length_that_a_row_has_reached(decode):
+    asked = []
+    run = decode("p____", "p____", "p____", criteria=[lambda ids, scores: asked.append(seen(ids)) or False])
+    run.write("pab_d", "p!___", "pa___")
+    assert asked == [["pa", "p!", "pa"], ["pab", "p!.", "pa_"]], "masks are not known yet, behind an end is padding"
+    asked.clear()
+    run.write("pabcd", "pab__")
+    assert asked == [
+        ["pab", "p!.", "pab"],
+        ["pabc", "p!.", "pab_"][:1] + ["p!..", "pab_"],
+        ["pabcd", "p!...", "pab__"],
+    ]
+
+
+def test_a_criterion_does_not_see_the_columns_that_a_longer_negative_prompt_adds(decode):
+    asked = []
+    run = decode("..p__", skip=2, prompt=3, criteria=[lambda ids, scores: asked.append(seen(ids)) or False])
+    run.write("..pa_")
+    assert asked == [["pa"]]
+
+
+def test_a_criterion_is_asked_again_where_nothing_became_clean(decode):
+    asked = []
+    run = decode("p____", criteria=[lambda ids, scores: asked.append(seen(ids)) or len(asked) > 2])
+    run.write("pa___")
+    run.write("pa_c_", nfe=2)
+    assert run.write("pa_cd", nfe=3) == ([2], [True])
+    assert asked == [["pa"]] * 3 and text(run.output("cpu")) == ["pa"]
+
+
+def test_what_was_given_is_not_cut_and_one_token_follows_it(decode):
+    run = decode("p_q__", prompt=3, criteria=[lambda ids, scores: True])
+    assert run.write("p_q_b") == ([1], [False])
+    assert run.state.rows[0].due == 4, "the next step writes what is masked up to the first generated token"
+    assert run.write("paqcb", nfe=2) == ([4], [True])
+    assert text(run.output("cpu")) == ["paqc"]
+
+
+def test_what_holds_inside_the_prompt_ends_nothing(decode):
+    run = decode("pq__", prompt=2, criteria=[lambda ids, scores: ids[:, -1] == ord("q")])
+    assert run.write("pq_b") == ([2], [False])
+    assert run.write("pqab", nfe=2) == ([4], [True]) and text(run.output("cpu")) == ["pqab"]
+
+
+class Counts(StoppingCriteria):
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.answer(input_ids)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda hits: hits,
+        lambda hits: hits[:, None],
+        lambda hits: hits.tolist(),
+        lambda hits: hits.numpy(),
+        lambda hits: hits.int(),
+        lambda hits: bool(hits.all()),
+        lambda hits: hits.all(),
+        lambda hits: numpy.bool_(hits.all()),
+    ],
+)
+def test_a_criterion_may_answer_with_a_bool_or_one_for_each_row(decode, form):
+    run = decode("p____", "p____", criteria=[Counts(lambda ids: form(ids[:, -1] == ord("b")))])
+    assert run.write("pabc_", "pabd_") == ([3, 3], [True, True])
+
+
+def test_a_single_answer_counts_for_rows_of_any_length(decode):
+    run = decode("p____", "p____", "p____", criteria=[Counts(lambda ids: ids.shape[1] == 3)])
+    assert run.write("pabc_", "pa_b_", "pa__b") == ([3, 2, 2], [True, True, True])
+
+
+def test_a_criterion_that_writes_into_what_it_is_shown_changes_nothing(decode):
+    def scribbles(ids, scores):
+        ids[:] = END
+        return False
+
+    asked = []
+    run = decode("p___", criteria=[scribbles, lambda ids, scores: asked.append(seen(ids)) or False])
+    run.write("pab_")
+    run.write("pabc", nfe=2)
+    assert asked == [["pa"], ["pab"], ["pabc"]] and text(run.output("cpu")) == ["pabc"]
+
+
+def test_an_answer_for_another_number_of_rows_is_refused(decode):
+    run = decode("p__", "p__", criteria=[Counts(lambda ids: torch.tensor([True, False, True]))])
+    with pytest.raises(ValueError) as error:
+        run.write("pa_", "pa_")
+    assert str(error.value) == (
+        "A criterion of `stopping_criteria` must answer with a bool or with one for each of the 2 rows, got shape "
+        "(3,)."
+    )
