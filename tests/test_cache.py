@@ -151,7 +151,7 @@ def test_rows_dropped_from_the_batch_leave_the_others_exact(model, canvas):
 def test_a_write_into_frozen_positions_is_refused(write):
     cache = filled()
     cache.freeze(3)
-    with pytest.raises(ValueError, match=r"behind the frozen length \[3\], got \[2\]: frozen positions are never"):
+    with pytest.raises(ValueError, match=r"after the frozen length \[3\], got \[2\]: frozen positions are never"):
         write(cache)
 
 

@@ -166,7 +166,7 @@ class OnlyStop:
         ),
         (
             {"unmasking_rule": OneArgument()},
-            "`unmasking_rule` must be called as `(drafts, row)`, which OneArgument does not take: see the protocol "
+            "`unmasking_rule` must be callable as `(drafts, row)`, which OneArgument is not: see the protocol "
             "`UnmaskingRule`.",
         ),
         (
@@ -175,7 +175,7 @@ class OnlyStop:
         ),
         (
             {"confidence": lambda scores: scores},
-            "`confidence` must be called as `(scores, token_ids, probability)`, which function does not take: see the "
+            "`confidence` must be callable as `(scores, token_ids, probability)`, which function is not: see the "
             "protocol `Confidence`.",
         ),
         (
@@ -244,8 +244,8 @@ WINDOW = (
         ),
         (
             {"schedule": lambda row: 1},
-            "`schedule` must return two integers, the tokens to write at least and the next step of the block, got 1 "
-            "from function.",
+            "`schedule` must return two integers, the minimum number of tokens to write and the next step of the "
+            "block, got 1 from function.",
         ),
         (
             {"steps": 16, "confidence": lambda scores, token_ids, probability: probability[0]},
@@ -253,11 +253,11 @@ WINDOW = (
         ),
         (
             {"blocks": Ends(3)},
-            "`blocks` must end the block that starts at 3 after it and at most at 19, got 3 from Ends.",
+            "`blocks` must end a block after its start 3 and at most at 19, got 3 from Ends.",
         ),
         (
             {"blocks": Ends(8, 2)},
-            "`blocks` must end the block that starts at 3 after it and at most at 8, got 2 from Ends.",
+            "`blocks` must end a block after its start 3 and at most at 8, got 2 from Ends.",
         ),
     ],
 )
