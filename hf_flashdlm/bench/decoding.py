@@ -1,6 +1,6 @@
-"""A way to decode, and the models of a measurement, which decode by it.
+"""Recipes, and the models of a measurement, which decode by a recipe.
 
-Owns what a recipe may say, and the one call of `generate` in it. Knows nothing of which recipes and models there are,
+Owns the fields of a recipe, and the only call of `generate`. Knows nothing of which recipes and models there are,
 or of how decoding works.
 """
 
@@ -18,17 +18,17 @@ from ..guider import ARGuider
 @dataclass(frozen=True)
 class Recipe:
     r"""
-    A way to decode.
+    Settings by which to decode.
 
     Args:
-        name (`str`): In tables.
+        name (`str`): Name in tables.
         options (`dict`): Keywords of `generate`.
-        guider (`str`, *optional*): Which of the models' guiders judges the drafts.
+        guider (`str`, *optional*): Name of the guider that judges the drafts.
         rule (`dict`): Keywords of [`ARGuider`].
         loop (`Callable`, *optional*): `(models, inputs, options) -> ids (B, L)`, in place of `generate`.
-        speaks (`bool`): Whether its texts mean something: else they have no end before the canvas's, and no answer.
+        speaks (`bool`): Whether the output is real text. If not, it is neither cut at EOS nor graded.
         compiled (`bool`): Whether `generate` compiles the forwards.
-        like (`str`, *optional*): Name of the recipe that writes the same tokens, to be compared with.
+        like (`str`, *optional*): Name of a recipe that writes the same tokens: the reference to compare with.
     """
 
     name: str
@@ -49,8 +49,8 @@ class Models:
     Args:
         model (`PreTrainedModel`): The diffusion model.
         guiders (`dict[str, PreTrainedModel]`): Autoregressive models by name.
-        tokenizers (`dict`): Those of the guiders, where they have any.
-        checkpoint ([`Checkpoint`], *optional*): `model` with its tokenizer, where it is trained.
+        tokenizers (`dict`): Tokenizers of the guiders, if they have any.
+        checkpoint ([`Checkpoint`], *optional*): `model` with its tokenizer, if it is trained.
         twin (`PreTrainedModel`, *optional*): An autoregressive model of the same shape.
     """
 
@@ -69,7 +69,7 @@ class Models:
         return cls(checkpoint.model, models, {name: guider.tokenizer for name, guider in guiders.items()}, checkpoint)
 
     def named(self) -> dict[str, PreTrainedModel]:
-        """All of them by name."""
+        """All models by name."""
         twin = {} if self.twin is None else {"twin": self.twin}
         return {"model": self.model, **self.guiders, **twin}
 
@@ -80,7 +80,7 @@ class Models:
         return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
     def guider(self, recipe: Recipe) -> ARGuider:
-        """The guider of a recipe, made once, as a caller would."""
+        """The guider of a recipe, made once and then reused."""
         key = (recipe.guider, *recipe.rule.items())
         if key not in self.made:
             rule = recipe.rule
@@ -105,5 +105,5 @@ class Models:
 
 
 def compile_config(device: torch.device) -> CompileConfig:
-    """How forwards are compiled: on CUDA into captured graphs, which leave no launches to wait for."""
+    """How forwards are compiled: on CUDA into captured graphs, which save the kernel launches."""
     return CompileConfig(mode="reduce-overhead" if device.type == "cuda" else None)

@@ -1,7 +1,7 @@
 """The models of a measurement: a checkpoint, or a shape with random weights, with their guiders.
 
-Owns the named shapes and which dtype each place gets. A mistake of the user's is a `ValueError` of one sentence. Knows
-nothing of what is measured.
+Owns the named shapes and the default dtypes. A user's mistake is a `ValueError` of one sentence. Knows nothing of what
+is measured.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from .decoding import Models
 
 
 SHAPES = {"llada-8b": LLaDAConfig, "dream-7b": DreamConfig, "tiny": None}
-# Sizes of Qwen2.5, which guiders of these shapes have; the vocabulary is that of the diffusion model.
+# The sizes are those of Qwen2.5; the vocabulary is that of the diffusion model.
 GUIDER_SHAPES = {
     "qwen2.5-0.5b": dict(
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2
@@ -30,7 +30,7 @@ GUIDER_SHAPES = {
 
 
 def load_models(args: argparse.Namespace, device: torch.device, canvas_length: int) -> Models:
-    """The models that the arguments name; random weights take a canvas of `canvas_length`."""
+    """The models that the arguments name; random weights have positions for a canvas of `canvas_length`."""
     if (args.model is None) == (args.config is None):
         raise ValueError("`--model` or `--config` must be given, and not both: a checkpoint, or a shape.")
     if args.model is not None and args.random_weights:
@@ -42,7 +42,7 @@ def load_models(args: argparse.Namespace, device: torch.device, canvas_length: i
     if args.random_weights:
         dtype = getattr(torch, plain_dtype if dtype == "auto" else dtype)
         config = AutoConfig.from_pretrained(FOLDER / "dlm") if args.config == "tiny" else SHAPES[args.config]()
-        # Nothing was trained, so nothing bounds the positions.
+        # Untrained weights have no longest position, so any canvas fits.
         config.max_position_embeddings = max(config.max_position_embeddings, canvas_length)
         model = random_model(config, dtype, device, args.seed)
         return Models(model, {"guider": random_model(guider_config(args, config), dtype, device, args.seed + 1)})
@@ -54,7 +54,7 @@ def load_models(args: argparse.Namespace, device: torch.device, canvas_length: i
 
 
 def random_model(config, dtype: torch.dtype, device: torch.device, seed: int):
-    """A model of this shape that nobody has trained."""
+    """A model of this shape with random weights."""
     torch.manual_seed(seed)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -78,5 +78,5 @@ def twin_config(config):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names += ("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
     kind = Qwen2Config if config.model_type == DreamConfig.model_type else LlamaConfig
-    # Without an end token it generates all it is asked for.
+    # Without an end token it generates as many tokens as it is asked for.
     return kind(**{name: getattr(config, name) for name in names}, eos_token_id=None, pad_token_id=0)
