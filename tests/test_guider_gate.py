@@ -1,4 +1,4 @@
-"""The gate: it counts, without a look at the canvas, what a step writes, and closes where the guider does not pay."""
+"""The gate: it counts written tokens without reading the canvas, and closes if the guider does not pay off."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ POLICIES = [
 
 
 def ask(gate, frontier, candidate):
-    """One step of a gate of one row, whose candidates stand from the frontier on."""
+    """One step of a gate with one row, whose candidates begin at the frontier."""
     positions = frontier + torch.arange(len(candidate))[None]
     candidate = torch.tensor([candidate], dtype=torch.bool)
     return bool(gate.ask(torch.tensor([0]), positions, torch.tensor([frontier]), candidate))
@@ -34,7 +34,7 @@ def ask(gate, frontier, candidate):
     ("with_guider", "without", "ratio", "stays"),
     [
         (2, 1, 0.9, True),
-        (2, 1, 1.0, False),  # what it costs is what it brings
+        (2, 1, 1.0, False),  # cost and gain are equal
         (3, 2, 0.4, True),
         (3, 2, 0.6, False),
         (1, 1, 0.0, False),
@@ -54,12 +54,12 @@ def test_a_token_written_out_of_order_counts_as_well():
     ask(gate, 2, [1, 1, 1, 1])
     ask(gate, 2, [1, 0, 1, 0])  # 3 and 5 were written
     assert gate.written[0].tolist() == [2, 0]
-    ask(gate, 6, [1, 1, 0, 1])  # and 2 and 4: what comes into sight was not
+    ask(gate, 6, [1, 1, 0, 1])  # and 2 and 4; positions that come into view were not
     assert gate.written[0].tolist() == [4, 0]
 
 
 class Counting(ARGuider):
-    """Compares what the gate has counted with the masks of the canvas."""
+    """A guider that compares the counts of the gate with the masks of the canvas."""
 
     def _process(self, input_ids, *arguments):
         result = super()._process(input_ids, *arguments)
