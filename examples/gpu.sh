@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Measures the shapes of LLaDA-8B and Dream-7B with random weights on a GPU: bash examples/gpu.sh FOLDER
 #
-# One JSON per case in FOLDER. A case whose file is there is skipped, so that an interrupted run is taken up by the same
-# command; none begins after BUDGET seconds. Without a GPU, on the embedded shape: SMALL=1 bash examples/gpu.sh FOLDER
+# One JSON file per case in FOLDER. A case whose file exists is skipped, so the same command continues an interrupted
+# run; no case begins after BUDGET seconds. Without a GPU, on the embedded shape: SMALL=1 bash examples/gpu.sh FOLDER
 set -uo pipefail
 FOLDER=${1:?"usage: bash examples/gpu.sh FOLDER"}
 BUDGET=${BUDGET:-1700}
@@ -26,13 +26,13 @@ measure() {
     --repeats 2 "$@" || { echo "failed: $file" >&2; failed=1; }
 }
 
-# What matters most comes first, for both models. Whole decodes, one token per step: the time per token generated.
+# The most important cases come first, for both models. Whole decodes, a token per step: the time per generated token.
 for model in $MODELS; do
   measure whole --prompt-length $LONG --new-tokens $FEW --batch-size 1 \
     --methods plain,prefix,dual,freecache,freecache+window,guided+window,ar
 done
-# Eager and compiled. From here on steps write several tokens, so that all blocks are visited in fewer of them: what
-# is measured is the time of a step.
+# Eager and compiled. From here on steps write several tokens, so that all blocks are visited in fewer steps: what is
+# measured is the time of a step.
 for model in $MODELS; do
   measure compiled --prompt-length $LONG --new-tokens $FEW --batch-size 1 --steps $((FEW / 4)) --compile \
     --methods plain,freecache+window

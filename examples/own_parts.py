@@ -1,4 +1,4 @@
-"""An unmasking rule and a window policy of one's own: `python examples/own_parts.py` decodes with both."""
+"""An unmasking rule and a window policy of your own: `python examples/own_parts.py` decodes with both."""
 
 from itertools import takewhile
 

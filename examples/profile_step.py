@@ -1,9 +1,9 @@
-"""Where the time of a decode goes, part by part. What `flashdlm bench` calls outside% is all but the two forwards.
+"""Where the time of a decode goes, part by part. `outside%` of `flashdlm bench` is all parts but the two forwards.
 
     python examples/profile_step.py --json examples/results/profile.json
 
-The embedded pair decodes its held-out problems one by one. Each part is counted without the parts that it calls; of
-several passes the fastest counts. The clock itself adds about a microsecond to each call of a part.
+The embedded pair decodes its held-out problems one by one. Each part is counted without the parts that it calls; the
+fastest of several passes counts. The clock itself adds about a microsecond to each call of a part.
 """
 
 import argparse
@@ -56,7 +56,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def _turn(self) -> None:
-        """What has passed was the time of the part that is running."""
+        """Count the time since the last turn as that of the running part."""
         now = time.perf_counter()
         if self.parts:
             self.seconds[self.parts[-1]] += now - self.last
@@ -105,9 +105,9 @@ def main() -> None:
         recipe, passes = recipes(NEW_TOKENS, block_length)[name], []
         for _ in range(1 + args.passes):  # the first warms up
             clock.seconds.clear()
-            steps = sum(int(models.decode(recipe, one, workload.options)[1].nfe) for one in workload.batches)
+            steps = sum(int(models.decode(recipe, inputs, workload.options)[1].nfe) for inputs in workload.batches)
             passes.append({part: 1e6 * seconds / steps for part, seconds in clock.seconds.items()})
-        best = min(passes[1:], key=lambda one: sum(one.values()))
+        best = min(passes[1:], key=lambda times: sum(times.values()))
         rows.append({"method": name, "steps": steps, "microseconds_per_step": best})
 
     parts = list(dict.fromkeys(part for row in reversed(rows) for part in row["microseconds_per_step"]))

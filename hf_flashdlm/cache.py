@@ -36,7 +36,7 @@ class FreeCacheLayer(DynamicLayer):
         self.target = target
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        # Where the first forward covers the whole canvas its states are the buffers: nothing is ever concatenated.
+        # If the first forward covers the whole canvas, its states become the buffers: nothing is ever concatenated.
         self.dtype, self.device = key_states.dtype, key_states.device
         missing = (self.target.canvas_length or 0) - key_states.shape[-2]
         self.keys, self.values = (
@@ -62,9 +62,9 @@ class FreeCacheLayer(DynamicLayer):
         if self.target.positions is None:
             buffer[:, :, self.target.start : self.target.stop] = states
         else:
-            # A row with fewer positions than the others repeats one: both copies hold the same states.
+            # A row with fewer positions than the others repeats one of its own: both copies hold the same states.
             rows = torch.arange(len(states), device=states.device)[:, None]
-            positions = self.target.positions.to(states.device)  # layers may lie on several devices
+            positions = self.target.positions.to(states.device)  # layers may be on different devices
             buffer.transpose(1, 2)[rows, positions] = states.transpose(1, 2)
 
     def get_seq_length(self) -> int:
@@ -84,7 +84,7 @@ class FreeCacheLayer(DynamicLayer):
             f"them the next forward rewrites, got `crop({tokens_to_remove})`."
         )
 
-    # The host's versions do nothing while `get_seq_length()` is 0, which here only says where the window starts.
+    # Transformers' versions do nothing while `get_seq_length()` is 0, which here only says where the window starts.
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.is_initialized:
             self.keys = self.keys.repeat_interleave(repeats, dim=0)
@@ -105,8 +105,8 @@ class FreeCache(DynamicCache):
 
     The first forward starts at position 0 and sizes the buffers, unless they are given a length. Before every later
     forward [`~FreeCache.window`] says which positions it recomputes; freezing moves one integer per row. As long as
-    the canvas does not change, a windowed forward equals the full forward to rounding; once it changes, what lies
-    outside the window keeps the states it had, and that is the only approximation.
+    the canvas does not change, a windowed forward equals the full forward up to rounding; once it changes, positions
+    outside the window keep their old states, which is the only approximation.
 
     Any v5 model works with it unchanged, if it is called with explicit `position_ids` (the canvas positions that are
     fed) and, where needed, with a 2D `attention_mask` over the attended keys.
@@ -130,23 +130,23 @@ class FreeCache(DynamicCache):
 
     def __init__(self, canvas_length: int | None = None):
         self.target = _Target(canvas_length=canvas_length)
-        # One number per row, or one for all of them. Plain ones: they are looked at in every step.
+        # One number per row, or a single number for all rows. Python integers, because every step reads them.
         self.frozen, self.lowest = [0], [0]  # frozen lengths; first positions that the next forward writes
         Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))
 
     @property
     def frozen_length(self) -> torch.Tensor:
-        """How many leading positions are frozen, of shape `(batch_size,)` or `(1,)` where all rows agree."""
+        """Number of leading frozen positions, of shape `(batch_size,)`, or `(1,)` if all rows agree."""
         return torch.tensor(self.frozen)
 
     @property
     def canvas_length(self) -> int | None:
-        """Number of positions the buffers hold, `None` before the first forward."""
+        """Number of positions that the buffers hold, `None` before the first forward."""
         return self.layers[0].keys.shape[-2] if self.is_initialized else None
 
     def window(self, lo: int, hi: int, attended: int | None = None) -> None:
         """
-        The next forward recomputes the canvas positions `[lo, hi)` of every row.
+        Let the next forward recompute the canvas positions `[lo, hi)` of every row.
 
         Args:
             lo (`int`): First position, not below the frozen length of any row.
@@ -162,12 +162,12 @@ class FreeCache(DynamicCache):
 
     def scatter(self, positions: torch.Tensor, attended: int | None = None) -> None:
         """
-        The next forward recomputes a set of canvas positions of its own for each row.
+        Let the next forward recompute a different set of canvas positions in each row.
 
         Args:
             positions (`torch.LongTensor` of shape `(batch_size, num_positions)`):
-                The positions fed, in the order in which they are fed; on the CPU. A row with fewer positions than the
-                others repeats one of its own.
+                The positions that are fed, in this order; on the CPU. A row with fewer positions than the others
+                repeats one of its own.
             attended (`int`, *optional*): The queries see the keys `[0, attended)`; by default all of the canvas.
 
         Raises:
@@ -177,13 +177,13 @@ class FreeCache(DynamicCache):
             raise ValueError("The first window must be the same for all rows: call `window` before `scatter`.")
         stops = (positions.amax(1) + 1).tolist()
         self._check(positions.amin(1).tolist(), stops)
-        # Numbers that change from step to step would make a captured graph of a forward one for each of them.
+        # If these numbers changed from step to step, each value would need a captured graph of its own.
         self.target.start, self.target.stop = 0, attended or max(stops)
         self.target.positions = positions.to(self.layers[0].keys.device)
         self.target.attended = attended
 
     def thaw(self) -> None:
-        """Freeze nothing any more, so that the next forward can refresh what was frozen."""
+        """Unfreeze all positions, so that the next forward can recompute them."""
         self.frozen = [0]
 
     def freeze(self, length: int | list[int] | torch.Tensor) -> None:
@@ -192,7 +192,7 @@ class FreeCache(DynamicCache):
 
         Args:
             length (`int`, `list[int]` or `torch.LongTensor` of shape `(batch_size,)`):
-                Frozen length, one for the batch or one per row. It never shrinks but by `thaw`.
+                Frozen length of all rows, or of each row. Only `thaw` makes it shrink.
 
         Raises:
             ValueError: If a length is below what is already frozen, or beyond the canvas.
@@ -211,7 +211,7 @@ class FreeCache(DynamicCache):
         self.frozen = lengths
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs):
-        # A compiled forward cannot look: `scatter`, which it comes behind, has.
+        # Skipped under `torch.compile`: `scatter` has already made this check.
         if layer_idx == 0 and not is_compiling() and _any_below(self.lowest, self.frozen):
             raise ValueError(
                 f"The next forward would rewrite frozen positions: it starts at {self.lowest}, frozen are "
@@ -222,7 +222,7 @@ class FreeCache(DynamicCache):
     def _check(self, lo: list[int], hi: list[int]) -> None:
         if _any_below(lo, self.frozen):
             raise ValueError(
-                f"A window must start at or behind the frozen length {self.frozen}, got {lo}: frozen positions are "
+                f"A window must start at or after the frozen length {self.frozen}, got {lo}: frozen positions are "
                 "never rewritten."
             )
         length = self.canvas_length
@@ -246,7 +246,9 @@ class FreeCache(DynamicCache):
         self._select(lambda numbers: [numbers[index] for index in indices.tolist()])
 
     def _select(self, rows: Callable) -> None:
-        self.frozen, self.lowest = (rows(one) if len(one) > 1 else one for one in (self.frozen, self.lowest))
+        self.frozen, self.lowest = (
+            rows(numbers) if len(numbers) > 1 else numbers for numbers in (self.frozen, self.lowest)
+        )
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.batch_select_indices(beam_idx)
@@ -260,7 +262,7 @@ class FreeCache(DynamicCache):
 
 
 def _select_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
-    """The rows `indices` of `states`: in place, where rows from behind them take the places of others."""
+    """The rows `indices` of `states`: in place, if only rows from the end move, into the places of dropped rows."""
     moved = [(place, index) for place, index in enumerate(indices.tolist()) if place != index]
     if any(index < len(indices) for _, index in moved):
         return states.index_select(0, indices.to(states.device))
@@ -270,7 +272,7 @@ def _select_rows(states: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
 
 
 def _any_below(lengths: list[int], bounds: list[int]) -> bool:
-    """Whether a number is below its row's bound; a single one is that of all rows."""
+    """Whether any length is below the bound of its row; a single number applies to all rows."""
     if len(lengths) == 1 or len(bounds) == 1:
         return min(lengths) < max(bounds)
     return any(length < bound for length, bound in zip(lengths, bounds, strict=True))

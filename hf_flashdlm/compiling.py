@@ -1,7 +1,7 @@
 """Compiled forwards.
 
-Owns when the forward of a model runs compiled, what captured graphs need, what happens where it cannot be compiled,
-and where its inputs go. Knows nothing of canvases, windows, or which of the two models it runs.
+Owns when the forward of a model runs compiled, what captured graphs need, what happens if it cannot be compiled, and
+on which device its inputs are. Knows nothing of canvases, windows, or which of the two models it runs.
 """
 
 import inspect
@@ -17,17 +17,17 @@ logger = logging.get_logger(__name__)
 
 CAPTURING_MODES = ("reduce-overhead", "max-autotune")  # of `torch.compile`: a GPU replays captured graphs
 
-# What models, masks, outputs and `generate` of Transformers call a cache: `cache` from 5.24 on. The older name can go
-# when 5.24 is the oldest version supported.
+# The name of the cache in models, masks, outputs and `generate` of Transformers: `cache` from 5.24 on. The older name
+# can go when 5.24 is the oldest version supported.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
-# What could not be compiled, so that no later call tries again: settings by the embedding of the model, which the
-# views that decode models of other classes share with it.
+# Compile configs that failed, so that no later call tries them again. Keyed by the input embedding, because the views
+# by which models of other classes are decoded share it with the original model.
 _failed = WeakKeyDictionary()
 
 
 def device_of(model) -> torch.device:
-    """Where a model takes its inputs: beside its weights; on the CPU, where hooks fetch offloaded ones."""
+    """The device of a model's inputs: that of its weights, or the CPU if hooks fetch offloaded weights."""
     return torch.device("cpu") if model.device.type == "meta" else model.device
 
 
@@ -38,19 +38,19 @@ def unwrapped(model):
 
 
 def cache_name(model) -> str:
-    """The keyword under which the forward of `model` takes a cache: code outside of Transformers keeps its own."""
+    """The name of the cache argument of `model.forward`; code outside of Transformers may use either name."""
     accepted = inspect.signature(unwrapped(model).forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in accepted), CACHE_NAME)
 
 
 class CompiledForward:
     r"""
-    The forward of a model, compiled where that is asked for. The first one of a cache, which makes its buffers, always
-    runs eagerly; so do all of a model that could not be compiled, with one warning.
+    The forward of a model, compiled if `compile_config` is given. The first forward with a cache, which makes its
+    buffers, always runs eagerly. A model that could not be compiled runs eagerly, after one warning.
 
     Args:
-        model (`PreTrainedModel`): Whose forward to run.
-        compile_config (`CompileConfig`, *optional*): The host's settings of `torch.compile`; without them, eager.
+        model (`PreTrainedModel`): The model to run.
+        compile_config (`CompileConfig`, *optional*): Transformers' settings for `torch.compile`; eager without them.
     """
 
     def __init__(self, model, compile_config=None):
@@ -84,9 +84,9 @@ class CompiledForward:
         torch.compiler.cudagraph_mark_step_begin()
         if cache is not None:
             for layer in cache.layers:
-                # A graph writes into the buffers where they lie; those of the next call are captured anew.
+                # A captured graph writes into these very buffers; the next call has new buffers and new graphs.
                 torch._dynamo.mark_static_address(layer.keys, guard=False)
                 torch._dynamo.mark_static_address(layer.values, guard=False)
         output = forward(**inputs)
-        output.logits = output.logits.clone()  # the next replay writes over what this one returned
+        output.logits = output.logits.clone()  # the next replay overwrites the output
         return output

@@ -1,4 +1,4 @@
-"""Configuration of Dream: the fields of the original `config.json`, which are those of Qwen2 and a mask token.
+"""Configuration of Dream: the fields of the original `config.json`, which are those of Qwen2 plus a mask token.
 
 Owns the ids of the special tokens and the declaration that attention is bidirectional. Knows nothing of generation
 settings or tokenizers.

@@ -56,7 +56,7 @@ class LLaDAConfig(PreTrainedConfig):
         mlp_hidden_size (`int`, *optional*):
             Width of the feed-forward layers. Defaults to `mlp_ratio * d_model`.
         mlp_ratio (`int`, *optional*, defaults to 4):
-            Width of the feed-forward layers over `d_model`, where `mlp_hidden_size` is not given.
+            Ratio of the width of the feed-forward layers to `d_model`, used if `mlp_hidden_size` is not given.
         max_sequence_length (`int`, *optional*, defaults to 4096):
             Longest canvas the model was trained on.
         rope_theta (`float`, *optional*, defaults to 500000.0):
@@ -175,7 +175,7 @@ class LLaDAConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
-        # Sizes may arrive under their names in `attribute_map`, which only the line above resolves.
+        # Sizes may be given by their names in `attribute_map`, which the line above resolves.
         if self.embedding_size is None:
             self.embedding_size = self.vocab_size
         if self.mlp_hidden_size is None:

@@ -1,12 +1,12 @@
 """The loop: iterative unmasking of a canvas, block after block.
 
-Owns the state of a decode and the one denoising loop. It calls only what it was handed: a denoiser, a window policy, a
+Owns the state of a decode and the one denoising loop. It calls only what it is given: a denoiser, a window policy, a
 schedule, an unmasking rule, processors. Knows nothing of which model it runs, which method its parts make up, that a
 guider exists, or of configurations.
 
 Shapes: B rows still unfinished, L canvas length, N candidate positions, V vocabulary. The canvas and the scores are
-tensors on the model's device. Where a row stands are plain numbers, a [`Row`] each: they cost next to nothing beside a
-forward, and one transfer per step, of the drafts and their confidence, keeps them up to date.
+tensors on the model's device. The state of a row is a [`Row`] of Python numbers. They cost next to nothing compared
+with a forward, and one transfer per step, of the drafts and their confidence, keeps them up to date.
 """
 
 from collections.abc import Callable, Iterable
@@ -24,7 +24,7 @@ from .windows import Window, WindowPolicy
 
 @dataclass
 class Row:
-    """Where one unfinished row stands."""
+    """The state of one unfinished row."""
 
     index: int  # of the caller's batch
     tokens: list[int]  # the canvas, masks included
@@ -32,20 +32,20 @@ class Row:
     prompt_length: int  # where the generated region begins, the same column for all rows
     frontiers: list[int]  # first masked position now, and as the k-th last forward saw it (0: none)
     written: list[int] = field(default_factory=list)  # positions written at the last step
-    written_entropy: float = 0.0  # the highest of their distributions, where it is measured
+    written_entropy: float = 0.0  # the highest entropy of their distributions, if measured
     block_index: int = -1  # the block being unmasked, -1 before the first step
     block_start: int = 0
     block_stop: int = 0  # exclusive
     block_masked: int = 0  # masked positions up to the block's end when the row entered it
-    block_nfe: int = 0  # forwards since then
-    step: int = 0  # where the block's schedule stands
+    block_nfe: int = 0  # forwards since the row entered it
+    step: int = 0  # the next step of the block's schedule
     nfe: int = 0  # forwards so far
     active_tokens: int = 0  # query positions computed so far
     due: int = 0  # the next step writes all drafts before this position
 
     @property
     def frontier(self) -> int:
-        """The first masked position; the length of the canvas where nothing is masked."""
+        """The first masked position; the length of the canvas if nothing is masked."""
         return self.frontiers[0]
 
     def write(self, drafts: dict[int, int]) -> None:
@@ -59,7 +59,7 @@ class Row:
 
 @dataclass
 class DenoisingState:
-    """The canvas and where its rows stand; a step changes both."""
+    """The canvas and the states of its rows; a step changes both."""
 
     canvas: torch.Tensor  # (B, L) token ids, masks included
     rows: list[Row]
@@ -92,12 +92,12 @@ class DenoisingState:
 @dataclass(frozen=True)
 class Method:
     r"""
-    A decoding method of the field: a choice of parts.
+    A decoding method: a choice of parts.
 
     Args:
         window_policy ([`WindowPolicy`]): Which positions a forward recomputes.
         blocks ([`Blocks`]): Which positions may be written.
-        schedule ([`Schedule`]): How many tokens a row writes at least.
+        schedule ([`Schedule`]): The minimum number of tokens that a row writes.
         rule ([`UnmaskingRule`], *optional*): Which drafts are written; by default the most confident ones.
     """
 
@@ -155,11 +155,11 @@ def denoise(
         method ([`Method`]): The parts that decide.
         processors ([`ScoreProcessor`]): Return scores of the same shape.
         drafter (`Callable`): `scores -> (token ids, confidence)`, both `(B, N)`; `-inf` refuses a position.
-        after_step (`Callable`): Is shown the state after each step and returns for each row whether it is finished.
+        after_step (`Callable`): Gets the state after each step and returns for each row whether it is finished.
 
     Raises:
         RuntimeError: If processors refuse every candidate of a row, so that it could never finish.
-        ValueError: If a part answers what no step can do; the message names the part.
+        ValueError: If a part returns what no step can use; the message names the part.
     """
     while state.rows:
         # 1. windows
@@ -189,9 +189,9 @@ def denoise(
 
 
 def _transfer(token_ids: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor | None) -> list:
-    """Drafts, their confidence and the entropy, where it is measured, as numbers: the one transfer of a step."""
+    """Drafts, their confidence and the entropy, if measured, as Python numbers: the only transfer of a step."""
     numbers = [token_ids, confidence] if entropy is None else [token_ids, confidence, entropy]
-    return torch.stack([one.to(confidence.dtype) for one in numbers]).tolist()  # a token id is exact as a float, too
+    return torch.stack([values.to(confidence.dtype) for values in numbers]).tolist()  # token ids are exact as floats
 
 
 def _window(policy: WindowPolicy, row: Row) -> Window:
@@ -216,7 +216,7 @@ def _unmask(
     confidence: list[float],
     entropy: list[float] | None = None,
 ) -> None:
-    """Write those of a row's drafts that blocks, schedule and rule choose."""
+    """Write the drafts of a row that blocks, schedule and rule choose."""
     able = zip(positions, candidate, confidence, strict=True)
     candidates = [position for position, may, sure in able if may and sure > -inf]
     drafts = Drafts(positions, list(map(int, token_ids)), confidence, candidates)
@@ -238,18 +238,18 @@ def _unmask(
 
 
 def _scheduled(schedule: Schedule, row: Row) -> tuple[int, int]:
-    """What the schedule says of a row, checked."""
+    """The answer of the schedule for a row, checked."""
     answer = schedule(row)
     if not isinstance(answer, tuple) or len(answer) != 2 or not all(isinstance(number, int) for number in answer):
         raise ValueError(
-            "`schedule` must return two integers, the tokens to write at least and the next step of the block, got "
-            f"{answer!r} from {type(schedule).__name__}."
+            "`schedule` must return two integers, the minimum number of tokens to write and the next step of the "
+            f"block, got {answer!r} from {type(schedule).__name__}."
         )
     return answer
 
 
 def _chosen(rule: UnmaskingRule, drafts: Drafts, row: Row) -> list[int]:
-    """The positions that the rule chooses, in order, checked; at least one where the schedule asks for any."""
+    """The positions that the rule chooses, in order, checked; at least one if the schedule asks for any."""
     answer = rule(drafts, row)
     chosen = sorted(set(answer)) if isinstance(answer, Iterable) else None
     if chosen is None or not set(drafts.candidates).issuperset(chosen):
@@ -261,7 +261,8 @@ def _chosen(rule: UnmaskingRule, drafts: Drafts, row: Row) -> list[int]:
 
 
 def _unfinished(finished: list[bool]) -> torch.Tensor:
-    """The unfinished rows, the last of them in the places of those that leave: a cache has few states to move."""
+    """The unfinished rows, the last of them in the places of finished rows, so that a cache moves few states."""
     count = finished.count(False)
-    last = [index for index, one in enumerate(finished) if not one and index >= count]
-    return torch.tensor([last.pop() if one else index for index, one in enumerate(finished[:count])], dtype=torch.long)
+    last = [index for index, is_finished in enumerate(finished) if not is_finished and index >= count]
+    rows = [last.pop() if is_finished else index for index, is_finished in enumerate(finished[:count])]
+    return torch.tensor(rows, dtype=torch.long)

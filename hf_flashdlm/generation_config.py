@@ -47,7 +47,7 @@ PEER_NAMES = {
     "cache_reloading_step": "`refresh_steps`",
 }
 
-# The options that make a method, which a named one sets all.
+# The options that make up a method; a named method sets all of them.
 METHOD_OPTIONS = (
     *("steps", "schedule", "confidence", "position_temperature", "unmasking_rule", "window_policy", "blocks"),
     *("delimiter_threshold", "delimiter_window", "grow_canvas", "freeze_length", "freeze_lag", "left_margin"),
@@ -55,8 +55,8 @@ METHOD_OPTIONS = (
     *RULES,
 )
 
-# Parts that may be objects: the names of the built-in ones, and the protocol of a caller's own, as the attributes it
-# needs and the methods with their arguments.
+# Parts that may be objects: the names of the built-in parts, then the protocol that an object must follow, with its
+# attributes, and its methods with their arguments.
 PARTS = {
     "window_policy": (
         WINDOW_POLICIES,
@@ -70,7 +70,7 @@ PARTS = {
     "confidence": (CONFIDENCES, "Confidence", (), {"__call__": ("scores", "token_ids", "probability")}),
 }
 
-# Options that mean something to some window policies only.
+# Options that only some window policies use.
 _POLICY_OPTIONS = {
     "freeze_length": ("freecache",),
     "freeze_lag": ("freecache",),
@@ -87,29 +87,30 @@ _POLICY_OPTIONS = {
 @dataclass(frozen=True)
 class DiffusionOptions:
     r"""
-    Options that `generate` takes beside those of Transformers. Five of them name a part of the decode or are one: an
-    object that follows the protocol named with it.
+    Options that `generate` takes in addition to those of Transformers. Five of them choose a part of the decode, which
+    may also be an object that follows the protocol given with the option.
 
     Args:
         method (`str`, *optional*):
             A published method, which stands for its line of settings in `methods.METHODS`. Given as a keyword, it
-            replaces the corresponding options of the generation config; keywords beside it win.
+            replaces the corresponding options of the generation config; other keywords win over it.
         block_length (`int`, *optional*):
             The generated region is unmasked in blocks of this many tokens, from the end of the prompt on. By default
             32, or the whole region if that is shorter.
         blocks (`str` or [`BlockPolicy`], *optional*, defaults to `"fixed"`):
-            `"fixed"` blocks of `block_length`, `"whole"` for a single one, or `"adaptive"`: a block ends at a
+            `"fixed"` blocks of `block_length`, `"whole"` for a single block, or `"adaptive"`: a block ends at a
             delimiter of which the model is sure (AdaBlock-dLLM), see [`AdaptiveBlocks`].
         delimiter_token_ids (`int` or `list[int]`, *optional*): Tokens at which an adaptive block may end.
-        delimiter_threshold (`float`, *optional*): Least probability of such a token; by default 0.3.
+        delimiter_threshold (`float`, *optional*): Minimum probability of such a token; by default 0.3.
         delimiter_window (`int`, *optional*):
-            Positions from a block's start that are searched for one; by default a quarter of `max_new_tokens`.
+            Number of positions from the start of a block that are searched for a delimiter; by default a quarter of
+            `max_new_tokens`.
         steps (`int`, *optional*):
-            Number of denoising steps for the whole region: a fixed number of tokens is written at each. Excludes the
-            four rules below and a guider.
+            Number of denoising steps for the whole region: a fixed number of tokens is written at each.
+            Excludes the four rules below and a guider.
         schedule (`str` or [`Schedule`], *optional*):
             How `steps` are spread: `"uniform"` as LLaDA does, which is the default with `steps`, or `"timesteps"` as
-            Dream does. Without `steps` it spreads as many steps as there are tokens.
+            Dream does. Without `steps` there are as many steps as tokens.
         eps (`float`, *optional*, defaults to 1e-3): Last timestep of the `"timesteps"` schedule.
         run_empty_steps (`bool`, *optional*, defaults to `False`):
             Whether steps of the `"timesteps"` schedule that write nothing are run, as Dream does.
@@ -118,35 +119,36 @@ class DiffusionOptions:
             (topk_margin), `"entropy"`, `"random"` (LLaDA's random, Dream's origin).
         position_temperature (`float`, *optional*, defaults to 0.0): Noise on that order (Dream's alg_temp).
         confidence_threshold (`float`, *optional*):
-            Write every candidate at least this probable, and at least one. 0.9 where neither `steps` nor a rule is
-            given.
+            Write every candidate of at least this probability, and at least one. By default 0.9 if neither `steps`
+            nor a rule is given.
         factor (`float`, *optional*): Rule of Fast-dLLM, see [`ConfidenceFactor`].
         frechet_delta (`float`, *optional*): Rule of Fast-dLLM++, see [`FrechetProfile`].
         entropy_bound (`float`, *optional*): Rule of the EB-Sampler, see [`EntropyBound`]; implies
             `confidence="entropy"`.
-        unmasking_rule ([`UnmaskingRule`], *optional*): A rule of the caller's own, instead of the four above.
+        unmasking_rule ([`UnmaskingRule`], *optional*): The caller's own rule, instead of the four above.
         window_policy (`str` or [`WindowPolicy`], *optional*, defaults to `"freecache"`):
             `"freecache"` freezes the states of the prompt and of finished blocks (FlashDLM), `"prefix"` and `"dual"`
-            refresh all at each block (Fast-dLLM), `"dkv"` keeps written tokens one step late (dKV-Cache), `"none"`
-            recomputes everything.
+            refresh all at each block (Fast-dLLM), `"dkv"` caches the states of a token one step late (dKV-Cache),
+            `"none"` recomputes everything.
         freeze_length (`int`, *optional*): Finished text is frozen in pieces of this length; by default a block.
         freeze_lag (`int`, *optional*, defaults to 1):
-            Steps for which a finished piece is still recomputed before it is frozen. 0 is the paper's code.
-        left_margin (`int`, *optional*, defaults to 0): Finished tokens left of a piece's end kept out of the freeze.
+            Steps for which a finished piece is still recomputed before it is frozen; 0 as in the paper's code.
+        left_margin (`int`, *optional*, defaults to 0): Tokens at the end of a finished piece that are not frozen.
         right_window (`int`, *optional*): Recompute only this many positions from the first masked one on.
         attend_stale (`bool`, *optional*, defaults to `False`):
-            Whether positions right of the window are attended with the states they had, instead of not at all.
+            Whether positions right of the window are attended with their old states, instead of not at all.
         grow_canvas (`bool`, *optional*, defaults to `False`):
             Show the model only the blocks up to the current one, so that the cost does not depend on
             `max_new_tokens`.
-        refresh_blocks (`int`, *optional*): FreeCache recomputes everything at every this many blocks.
+        refresh_blocks (`int`, *optional*): Number of blocks after which FreeCache recomputes everything.
         refresh_entropy (`float`, *optional*):
             Recompute everything after a step that wrote a token whose distribution had more entropy than this, in
             nats.
-        refresh_steps (`int`, *optional*): dKV-Cache recomputes everything at every this many steps; by default 8.
+        refresh_steps (`int`, *optional*): Steps after which dKV-Cache recomputes everything; by default 8.
         synchronize_blocks (`bool`, *optional*):
-            Whether rows wait for each other before they enter a block. By default those of a batch do where the
-            window policy refreshes at blocks. They never do with a guider whose drafts cross the border of a block.
+            Whether the rows of a batch wait for each other before they enter a block. By default they do if the
+            window policy refreshes everything at the start of a block. They never do with a guider whose drafts
+            cross block borders.
         stop_at_eos (`bool`, *optional*, defaults to `True`):
             Whether a row ends at its first end token; otherwise it fills its canvas.
         mask_token_id (`int`, *optional*): By default `model.config.mask_token_id`.
@@ -246,7 +248,7 @@ class DiffusionOptions:
                 f"`steps` are spread by the built-in schedules, got steps={self.steps} and a `schedule` of "
                 f"{type(self.schedule).__name__}: drop one of them."
             )
-        # `entropy_bound` implies its own measure, so the default is as good as saying it.
+        # `entropy_bound` implies 'entropy', so the default 'probability' is allowed as well.
         fitting = ("probability", "entropy")[: 1 + (rules == ["entropy_bound"])]
         if not self.is_scheduled and self.unmasking_rule is None and self.confidence not in fitting:
             raise ValueError(
@@ -275,7 +277,7 @@ class DiffusionOptions:
             )
         ids = self.delimiter_token_ids
         ids = [ids] if isinstance(ids, int) else ids
-        is_list = isinstance(ids, list | tuple) and ids and all(isinstance(one, int) for one in ids)
+        is_list = isinstance(ids, list | tuple) and ids and all(isinstance(token_id, int) for token_id in ids)
         if not is_list and (is_adaptive or ids is not None):
             raise ValueError(
                 "`delimiter_token_ids` must be the ids of the tokens at which an adaptive block may end, got "
@@ -300,7 +302,7 @@ class DiffusionOptions:
                 )
 
     def tiling(self, max_new_tokens: int) -> tuple[int, int]:
-        """Length and number of the blocks that tile a region of `max_new_tokens`; checks what depends on it."""
+        """Length and number of the blocks that tile a region of `max_new_tokens`; checks the related options."""
         block_length = self.block_length or min(DEFAULT_BLOCK_LENGTH, max_new_tokens)
         if self.blocks == "whole":
             block_length = max_new_tokens
@@ -324,13 +326,13 @@ class DiffusionOptions:
 
     @classmethod
     def read(cls, generation_config: "GenerationConfig") -> "DiffusionOptions":
-        """The options that a prepared generation config holds, those of its method filled in, checked."""
+        """The checked options of a prepared generation config, with those of its method filled in."""
         values = {name: getattr(generation_config, name) for name in cls.names() if hasattr(generation_config, name)}
         return cls(**_settings(values.get("method")) | values)
 
     @classmethod
     def expand(cls, keywords: dict) -> dict:
-        """The keywords of a call with those that its `method` stands for: all options that make a method."""
+        """The keywords of a call, with all options that its `method` sets."""
         if keywords.get("method") is None:
             return keywords
         settings = _settings(keywords["method"])
@@ -348,7 +350,7 @@ def _settings(method: str | None) -> dict:
 
 
 def check_part(name: str, part) -> None:
-    """Refuse what is neither the name of a built-in part nor an object that follows the protocol of the part."""
+    """Refuse a value that is neither the name of a built-in part nor an object that follows its protocol."""
     names, protocol, attributes, methods = PARTS[name]
     if part is None and name in ("schedule", "unmasking_rule"):
         return
@@ -370,6 +372,6 @@ def check_part(name: str, part) -> None:
         except TypeError:
             asked = f"{'' if method == '__call__' else method}({', '.join(arguments)})"
             raise ValueError(
-                f"`{name}` must be called as `{asked}`, which {type(part).__name__} does not take: see the protocol "
+                f"`{name}` must be callable as `{asked}`, which {type(part).__name__} is not: see the protocol "
                 f"`{protocol}`."
             ) from None

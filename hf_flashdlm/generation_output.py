@@ -16,25 +16,26 @@ class DiffusionGenerationOutput(ModelOutput):
 
     Args:
         sequences (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
-            Prompt and generated tokens; what follows the end of a row is the pad token.
+            Prompt and generated tokens, filled up with the pad token after the end of a row.
         nfe (`torch.LongTensor` of shape `(batch_size,)`):
             Forwards of the diffusion model while the row was unfinished.
         tokens_per_forward (`torch.FloatTensor` of shape `(batch_size,)`):
-            Generated tokens, up to and with EOS, over `nfe`.
+            Number of generated tokens, up to and including EOS, divided by `nfe`.
         active_tokens (`torch.LongTensor` of shape `(batch_size,)`):
             Query positions that the diffusion model computed for the row, summed over its forwards.
         guider_forwards (`torch.LongTensor` of shape `(batch_size,)`):
             Forwards of the guider while the row was unfinished.
         drafts_judged (`torch.LongTensor` of shape `(batch_size,)`):
-            Drafts that the guider was asked about.
+            Drafts that the guider judged.
         drafts_accepted (`torch.LongTensor` of shape `(batch_size,)`):
-            Drafts in the accepted prefixes; a first draft written although it was refused is not among them.
+            Drafts in the accepted prefixes, without a first draft that was written although it was refused.
         accepted_lengths (`list[list[int]]`, *optional*):
             Length of the accepted prefix in each step of each row. Only with a guider.
         gate_closed_at (`torch.LongTensor` of shape `(batch_size,)`, *optional*):
-            Step from which on the guider was not asked any more, -1 where it was to the end. Only with a gate.
+            Step at which the gate closed and the guider was no longer asked, -1 if it never did. Only with a gate.
         guider_time_share (`float`, *optional*):
-            Share of the time of the whole decode spent in the guider, on a GPU in launching it. Only with a guider.
+            Share of the decode's wall time spent in the guider; on a GPU only the kernel launches are counted. Only
+            with a guider.
     """
 
     sequences: torch.Tensor | None = None

@@ -12,14 +12,14 @@ from .generation_mixin import FlashDLMGenerationMixin
 
 class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
     r"""
-    The Dream masked diffusion language model with its output head, under its original name: it is what `AutoModel`
-    loads, too. It also serves DiffuCoder and Dream-Coder. See [Dream 7B](https://huggingface.co/papers/2508.15487).
+    The Dream masked diffusion language model with its output head, under its original name; `AutoModel` loads it, too.
+    It also serves DiffuCoder and Dream-Coder. See [Dream 7B](https://huggingface.co/papers/2508.15487).
 
     `forward` takes the arguments of [`~transformers.Qwen2ForCausalLM`]. Its logits of shape
-    `(batch_size, sequence_length, config.vocab_size)` are those of the original model, unshifted: row i scores the
-    token at position i + `config.logits_shift`. `labels` of shape `(batch_size, sequence_length)` hold the token of
-    each masked position and -100 elsewhere, in place: the loss accounts for the shift. `attention_mask` of shape
-    `(batch_size, past_length + sequence_length)` covers the cached positions, too.
+    `(batch_size, sequence_length, config.vocab_size)` are those of the original model, unshifted: those at position i
+    score the token at position i + `config.logits_shift`. `labels` of shape `(batch_size, sequence_length)` hold the
+    token of each masked position and -100 elsewhere, in place: the loss accounts for the shift. `attention_mask` of
+    shape `(batch_size, past_length + sequence_length)` covers the cached positions, too.
 
     Example:
 

@@ -1,7 +1,7 @@
 """From options to parts: a method of the field is a choice of parts.
 
-Owns which part an option names: window policy, blocks, schedule, unmasking rule; an object is the part itself. Knows
-nothing of models or tensors.
+Owns which part an option names: window policy, blocks, schedule, unmasking rule; an option that is an object is
+the part itself. Knows nothing of models or tensors.
 """
 
 from .blocks import AdaptiveBlocks, BlockPolicy, Blocks, FixedBlocks
@@ -27,15 +27,15 @@ from .windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow, Window
 
 def choose_parts(options: DiffusionOptions, num_new: int, lookahead: int | None = None) -> Method:
     """
-    The parts that the options name, or are.
+    Choose the parts that the options name or hold.
 
     Args:
         options ([`DiffusionOptions`]): Checked options.
         num_new (`int`): Length of the generated region.
-        lookahead (`int`, *optional*): How far a guider reads from the frontier on.
+        lookahead (`int`, *optional*): Number of positions that a guider reads from the frontier on.
 
     Returns:
-        [`Method`]: What [`denoise`] runs.
+        [`Method`]: The parts that [`denoise`] runs.
     """
     block_length, num_blocks = options.tiling(num_new)
     window_policy = _window_policy(options, block_length)

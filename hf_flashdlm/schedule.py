@@ -10,12 +10,12 @@ import torch
 
 
 class Schedule(Protocol):
-    """Says how many tokens a row writes, an argument of `generate` as `schedule=`."""
+    """Says how many tokens a row writes at a step. Passed to `generate` as `schedule=`."""
 
     def __call__(self, row) -> tuple[int, int]:
         r"""
         Args:
-            row ([`Row`]): Where the row stands; `row.step` counts the steps of its block.
+            row ([`Row`]): The state of the row; `row.step` counts the steps of its block.
 
         Returns:
             `tuple[int, int]`: The number of tokens to write now, and the next step of the block.
@@ -30,7 +30,7 @@ def split_steps(steps: int, num_blocks: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class MinimumSchedule:
-    """At least one token per row and step; the unmasking rule decides about more."""
+    """At least one token per row and step; the unmasking rule decides on more."""
 
     def __call__(self, row) -> tuple[int, int]:
         """See [`Schedule`]."""
@@ -41,7 +41,7 @@ class MinimumSchedule:
 class UniformSchedule:
     r"""
     LLaDA's schedule (`get_num_transfer_tokens`, https://github.com/ML-GSAI/LLaDA): the masked positions of a block are
-    divided evenly over the steps of the block, the remainder one each to its first steps.
+    divided evenly over its steps; the first steps write one token more each if there is a remainder.
 
     Args:
         steps (`tuple[int, ...]`): Denoising steps of each block.
@@ -53,7 +53,7 @@ class UniformSchedule:
         """See [`Schedule`]."""
         steps = self.steps[row.block_index]
         if row.step >= steps:
-            # A block has masks left here only where a narrow window hid them: they are written at once.
+            # After its last step a block has masks left only if a narrow window hid them: write them at once.
             return max(row.block_masked, 1), row.step + 1
         quota = row.block_masked // steps + (row.step < row.block_masked % steps)
         return max(quota, 1), row.step + 1
@@ -80,7 +80,7 @@ class TimestepSchedule:
         """See [`Schedule`]."""
         begin = sum(self.steps[: row.block_index])
         last = self.steps[row.block_index] - 1
-        # Past its last step a block has masks left only where a narrow window hid them: they are written at once.
+        # After its last step a block has masks left only if a narrow window hid them: write them at once.
         step = min(row.step, last)
         timesteps = torch.linspace(1, self.eps, sum(self.steps) + 1)[begin + step : begin + last + 1]
         # float32 and truncation are part of the schedule: 16 masks at 1/16 give 0 tokens, not 1.

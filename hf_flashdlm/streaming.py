@@ -1,6 +1,6 @@
-"""Streaming of a decode through the streamers of the host.
+"""Streaming of a decode through the streamers of Transformers.
 
-Owns what a streamer is told and when: final text once and in order, drafts of the rest where it can show them.
+Owns what a streamer is told and when: final text once and in order, drafts of the rest if it can show them.
 """
 
 import torch
@@ -10,23 +10,23 @@ class Stream:
     r"""
     Feeds a streamer after every step.
 
-    A streamer of the host gets `put` with the ids that have become final since the last call, never to be taken back,
-    and, if it has the method, `put_draft` with the ids behind them, mask tokens included; one row only, as the host
-    says. A streamer with the attribute `shows_canvas` gets `put_draft` with the whole canvas of all rows instead.
+    A streamer of Transformers gets `put` with the ids that have become final since the last call and, if it has the
+    method, `put_draft` with the ids after them, mask tokens included. Final ids never change. Transformers allows one
+    row only. A streamer with the attribute `shows_canvas` gets `put_draft` with the whole canvas of all rows instead.
 
     Args:
         streamer (`BaseStreamer`, *optional*): Nothing is done without one.
-        prompt_length (`int`): The prompt, which the host has put already.
-        skip (`int`): Columns of the canvas that the caller's prompt does not have.
+        prompt_length (`int`): Length of the prompt, which Transformers has put already.
+        skip (`int`): Number of leading columns of the canvas that the caller's prompt does not have.
     """
 
     def __init__(self, streamer, prompt_length: int, skip: int = 0):
         self.streamer, self.skip = streamer, skip
         self.final = prompt_length
-        self.canvas: list[list[int]] = []  # of the whole batch: the rows' own lists, which stay as the rows ended
+        self.canvas: list[list[int]] = []  # the token lists of all rows, finished rows included
 
     def show(self, rows: list, final: list[int]) -> None:
-        """Show the [`Row`]s of a state, whose first `final` ids stay."""
+        """Show the [`Row`]s of a state; the first `final` ids of each row never change again."""
         if self.streamer is None:
             return
         if getattr(self.streamer, "shows_canvas", False):

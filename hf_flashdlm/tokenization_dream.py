@@ -5,6 +5,6 @@ from transformers import Qwen2Tokenizer
 
 class DreamTokenizer(Qwen2Tokenizer):
     """
-    Qwen2's tokenizer, from whose vocabulary Dream's was made. Checkpoints of Dream name this class and bring remote
-    code for it; registered with `AutoTokenizer`, it makes them load without.
+    The tokenizer of Qwen2, on whose vocabulary that of Dream is based. Checkpoints of Dream name this class and bring
+    remote code for it; because it is registered with `AutoTokenizer`, they load without that code.
     """

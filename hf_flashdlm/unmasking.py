@@ -1,8 +1,8 @@
 """Unmasking: which of the drafted tokens are written at a step.
 
 Owns candidates, their confidence, and the rules that say how many of the most confident are written. Knows nothing of
-models, caches, blocks or time. Drafts and confidence are tensors of shape (B, N), batch rows and positions, as the
-scores are; what is written is chosen row by row from plain numbers.
+models, caches, blocks or time. Drafts and confidence are tensors of shape (B, N), batch rows and positions, like the
+scores; what is written is chosen row by row from Python numbers.
 """
 
 from collections.abc import Iterable
@@ -26,19 +26,19 @@ def draft(
     generator: torch.Generator | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     r"""
-    The token drafted at each position and its probability.
+    Draft a token at each position, and its probability.
 
     Args:
         scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Processed logits in float32.
-        mask_token_id (`int`): Never drafted; a position whose only finite score is its is refused.
-        temperature (`float`, *optional*): What the scores have been divided by: tokens are drawn from them. Without it
-            the most likely are taken.
+        mask_token_id (`int`): Never drafted; a position without another finite score is refused.
+        temperature (`float`, *optional*): The temperature that the scores have been divided by: tokens are drawn.
+            Without it the most likely tokens are taken.
         generator (`torch.Generator`, *optional*): Source of the noise when drawing.
 
     Returns:
         `tuple`: token ids and their probabilities at temperature 1, both of shape `(batch_size, num_positions)`;
         `-inf` where the position is refused. Probabilities are float64, so that values near 1 keep their order; no
-        tensor of the vocabulary's size is.
+        vocabulary-sized tensor is.
     """
     others = scores.clone()
     others.select(-1, mask_token_id).fill_(-torch.inf)
@@ -47,13 +47,13 @@ def draft(
     else:
         token_ids = (others + gumbel(others, generator)).argmax(-1, keepdim=True)
         best = scores.gather(-1, token_ids)
-    log_odds = scores - best  # of each other token, against the draft
+    log_odds = scores - best  # of every other token against the draft
     if temperature is not None:
         log_odds *= temperature
     odds = log_odds.exp_().scatter_(-1, token_ids, 0.0)
     # Only the sum is in float64: in float32 equal distributions of other tokens would not have equal sums.
     odds = odds.sum(-1, dtype=torch.float32 if scores.device.type == "mps" else torch.float64)
-    # Where nothing but the mask token is finite, the odds are not a number.
+    # If only the mask token has a finite score, the odds are NaN.
     return token_ids.squeeze(-1), odds.add_(1).reciprocal_().nan_to_num_(-torch.inf)
 
 
@@ -63,24 +63,25 @@ def negative_entropy(scores: torch.Tensor) -> torch.Tensor:
 
 
 def margin(scores: torch.Tensor) -> torch.Tensor:
-    """Probability of the most likely token less that of the second, over the last dimension of `scores`."""
+    """Probability of the most likely token minus that of the second, over the last dimension of `scores`."""
     first, second = scores.topk(2, dim=-1).values.unbind(-1)
     normalizer = scores.logsumexp(-1)
     return (first - normalizer).exp() - (second - normalizer).exp()
 
 
 class Confidence(Protocol):
-    """Says how sure a model is of its drafts, an argument of `generate` as `confidence=`."""
+    """Says how sure a model is of its drafts. Passed to `generate` as `confidence=`."""
 
     def __call__(self, scores: torch.Tensor, token_ids: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
         r"""
         Args:
             scores (`torch.Tensor` of shape `(batch_size, num_positions, vocab_size)`): Processed logits in float32.
             token_ids (`torch.LongTensor` of shape `(batch_size, num_positions)`): The drafts.
-            probability (`torch.Tensor` of shape `(batch_size, num_positions)`): Of each draft, at temperature 1.
+            probability (`torch.Tensor` of shape `(batch_size, num_positions)`):
+                Probability of each draft at temperature 1.
 
         Returns:
-            `torch.Tensor` of shape `(batch_size, num_positions)`: Higher is written earlier.
+            `torch.Tensor` of shape `(batch_size, num_positions)`: A position of higher confidence is written earlier.
         """
         ...
 
@@ -96,8 +97,8 @@ class Drafter:
             maskgit_plus), `"margin"` between the two most likely (Dream's topk_margin), `"entropy"`, negated,
             `"random"`, or an object.
         position_temperature (`float`): Noise on the order of the positions (Dream's alg_temp); 0 is none.
-        temperature (`float`, *optional*): What the scores have been divided by: tokens are drawn from them. The
-            confidence is that of temperature 1, since it would saturate at lower ones.
+        temperature (`float`, *optional*): The temperature that the scores have been divided by: tokens are drawn. The
+            confidence is that of temperature 1, since it would saturate at lower temperatures.
         generator (`torch.Generator`, *optional*): Source of randomness.
     """
 
@@ -145,7 +146,7 @@ class Drafts:
     Args:
         positions (`range`): The positions that were scored, from the first masked one on.
         token_ids (`list[int]`): The token drafted at each of them.
-        confidence (`list[float]`): Of each draft; `-inf` where a processor has refused the position.
+        confidence (`list[float]`): Confidence of each draft; `-inf` where a processor has refused the position.
         candidates (`list[int]`): The positions that may be written at this step, in order.
         quota (`int`): Number of tokens that the schedule asks for at this step.
     """
@@ -165,32 +166,32 @@ class Drafts:
         return self.confidence[position - self.positions.start]
 
     def ranked(self) -> list[int]:
-        """The candidates, the most confident first; among equals the lower position."""
+        """The candidates, the most confident first; ties go to the lower position."""
         return sorted(self.candidates, key=self.confidence_of, reverse=True)  # stable
 
 
 class UnmaskingRule(Protocol):
-    """Decides which drafts are written, an argument of `generate` as `unmasking_rule=`."""
+    """Decides which drafts are written. Passed to `generate` as `unmasking_rule=`."""
 
     def __call__(self, drafts: Drafts, row) -> Iterable[int]:
         r"""
         Args:
             drafts ([`Drafts`]): What the step has drafted for the row.
-            row ([`Row`]): Where the row stands.
+            row ([`Row`]): The state of the row.
 
         Returns:
-            `Iterable[int]`: Some of `drafts.candidates`. If there are none among them although the schedule asks for
-            tokens, the most confident candidate is written, so that every step makes progress.
+            `Iterable[int]`: Some of `drafts.candidates`. If it is empty although the schedule asks for tokens, the
+            most confident candidate is written, so that every step makes progress.
         """
         ...
 
 
 @dataclass(frozen=True)
 class MostConfident:
-    """Write the most confident candidates, as many as the schedule says; a rule may ask for more in `count`."""
+    """Write the most confident candidates, as many as the schedule says; subclasses may ask for more in `count`."""
 
     def count(self, confidence: list[float]) -> int:
-        """Number of candidates to write, from their confidence, sorted downwards; the quota is written in any case."""
+        """Number of candidates to write, given their confidence in descending order; at least the quota is written."""
         return 0
 
     def __call__(self, drafts: Drafts, row) -> list[int]:
@@ -201,12 +202,12 @@ class MostConfident:
 
 @dataclass(frozen=True)
 class ConfidenceThreshold(MostConfident):
-    """Write every candidate at least this confident (Fast-dLLM, https://arxiv.org/abs/2505.22618, algorithm 1)."""
+    """Write every candidate of at least this confidence (Fast-dLLM, https://arxiv.org/abs/2505.22618, algorithm 1)."""
 
     threshold: float
 
     def count(self, confidence: list[float]) -> int:
-        return sum(one >= self.threshold for one in confidence)
+        return sum(value >= self.threshold for value in confidence)
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ class ConfidenceFactor(MostConfident):
     factor: float
 
     def count(self, confidence: list[float]) -> int:
-        fits = (one >= 1 - self.factor / (rank + 1) for rank, one in enumerate(confidence[1:], 2))
+        fits = (value >= 1 - self.factor / (rank + 1) for rank, value in enumerate(confidence[1:], 2))
         return 1 + sum(takewhile(bool, fits))
 
 
@@ -240,8 +241,8 @@ class FrechetProfile(MostConfident):
 @dataclass(frozen=True)
 class EntropyBound(MostConfident):
     r"""
-    Write the n positions of least entropy, for the largest n whose summed entropy, the largest left out, is at most
-    `bound` nats (EB-Sampler, https://arxiv.org/abs/2505.24857; transformers' `EntropyBoundSampler`). The confidence is
+    Write the n positions of least entropy, for the largest n whose summed entropy without the largest term is at most
+    `bound` nats (EB-Sampler, https://arxiv.org/abs/2505.24857; Transformers' `EntropyBoundSampler`). The confidence is
     the negative entropy.
     """
 

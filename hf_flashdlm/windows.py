@@ -1,7 +1,7 @@
 """Window policies: which positions a denoising step recomputes, and which it freezes.
 
-Owns the table "cache method -> [lo, hi)". Knows nothing of models, logits or how tokens are chosen; it reads where
-a row stands and answers with positions.
+Owns the table "cache method -> [lo, hi)". Knows nothing of models, logits or how tokens are chosen; it reads the
+state of a row and returns positions.
 """
 
 from dataclasses import dataclass, field
@@ -11,17 +11,18 @@ from typing import Protocol
 @dataclass(frozen=True)
 class Window:
     r"""
-    What one forward computes of a row, in canvas positions.
+    What one forward computes for a row, in canvas positions.
 
     Args:
         lo (`int`): First recomputed position.
         hi (`int`): End of the recomputed positions, exclusive.
         attended (`int`): The queries see the keys `[0, attended)`.
         frozen (`int`):
-            The states of `[0, frozen)` stay as they are. Less than before thaws them, for a refresh.
+            The states of `[0, frozen)` stay as they are. A smaller value than before unfreezes states for a refresh.
         scored (`bytearray`, *optional*):
-            Recompute only what scores these positions of the canvas, one byte each, instead of all of `[lo, hi)`.
-        include_scored (`bool`): Recompute these positions as well, where the logits are shifted.
+            A byte per canvas position: recompute only the positions whose outputs score the marked ones, instead of
+            all of `[lo, hi)`.
+        include_scored (`bool`): With shifted logits, recompute the marked positions as well.
     """
 
     lo: int
@@ -34,13 +35,13 @@ class Window:
 
 class WindowPolicy(Protocol):
     r"""
-    Says which positions a forward recomputes, an argument of `generate` as `window_policy=`. The first window of a row
+    Says which positions a forward recomputes. Passed to `generate` as `window_policy=`. The first window of a row
     must begin at position 0. A class that inherits from this protocol gets its defaults.
 
     Attributes:
         history (`int`): Number of earlier forwards whose frontier the policy reads, in `row.frontiers[1:]`.
         synchronous (`bool`): Whether the rows of a batch enter a block together, so that their refreshes coincide.
-        needs_entropy (`bool`): Whether it reads `row.written_entropy`, which is only measured then.
+        needs_entropy (`bool`): Whether it reads `row.written_entropy`, which is measured only in that case.
     """
 
     history: int = 0
@@ -50,7 +51,7 @@ class WindowPolicy(Protocol):
     def __call__(self, row) -> Window:
         r"""
         Args:
-            row ([`Row`]): Where the row stands.
+            row ([`Row`]): The state of the row.
 
         Returns:
             [`Window`]: What its next forward computes, with 0 <= frozen <= lo < hi <= attended
@@ -65,7 +66,7 @@ class FullWindow:
     Recompute the whole canvas at every step: no cache.
 
     Args:
-        growing (`bool`): The canvas ends with the current block: what lies behind it is not seen.
+        growing (`bool`): The canvas ends with the current block: later positions are not seen.
     """
 
     growing: bool = False
@@ -82,10 +83,10 @@ class FullWindow:
 class BlockWindow:
     r"""
     Prefix and dual cache of Fast-dLLM (https://arxiv.org/abs/2505.22618, section 3.2): the first step of a block
-    refreshes the whole canvas, the others recompute it from the block's start on, or the block alone.
+    refreshes the whole canvas, the other steps recompute it from the block's start on, or the block alone.
 
     Args:
-        dual (`bool`): Recompute the block alone; what lies right of it is attended with the states of the refresh.
+        dual (`bool`): Recompute the block alone; positions right of it are attended with the states of the refresh.
     """
 
     dual: bool
@@ -110,12 +111,12 @@ class FreeCacheWindow:
         freeze_length (`int`): Finished text is frozen in pieces of this many tokens.
         freeze_lag (`int`): A piece is frozen once this many forwards have seen it finished. With 0, as in the
             paper's code, the states frozen for the tokens written last are still those of mask tokens.
-        left_margin (`int`): Finished tokens before the frozen ones' end that are still recomputed.
+        left_margin (`int`): Number of tokens at the end of the finished pieces that are still recomputed.
         right_window (`int`, *optional*): Recompute only this many positions from the frontier on; by default all.
-        attend_stale (`bool`): Whether positions right of the window are attended with the states they had last;
+        attend_stale (`bool`): Whether positions right of the window are attended with their last states;
             otherwise they are not seen at all.
-        growing (`bool`): The canvas ends with the current block: what lies behind it is not seen.
-        refresh_blocks (`int`, *optional*): Recompute everything at the first step of every so many blocks.
+        growing (`bool`): The canvas ends with the current block: later positions are not seen.
+        refresh_blocks (`int`, *optional*): Number of blocks after which everything is recomputed.
         refresh_entropy (`float`, *optional*): Recompute everything after a step that wrote a token whose
             distribution had more entropy than this, in nats.
     """
@@ -140,9 +141,9 @@ class FreeCacheWindow:
         length = row.block_stop if self.growing else len(row.tokens)
         pieces = (row.frontiers[self.freeze_lag] - row.prompt_length) // self.freeze_length
         frozen = row.prompt_length + pieces * self.freeze_length - self.left_margin
-        # A row that waits at the end of a growing canvas is fed its last position.
+        # For a row that waits at the end of a growing canvas, its last position is fed.
         lo = 0 if refresh else max(min(frozen, length - 1), 0)
-        # Of a block that a growing canvas has just reached there are no stale states yet.
+        # A block that a growing canvas has just reached has no stale states yet.
         unseen = refresh or (self.growing and self.attend_stale and row.block_nfe == 0)
         is_cut = self.right_window is not None and not unseen
         hi = min(row.frontier + self.right_window, length) if is_cut else length
@@ -158,11 +159,11 @@ class FreeCacheWindow:
 class DKVWindow:
     r"""
     dKV-Cache (https://arxiv.org/abs/2505.15781, section 3.3, "decode"): a step recomputes the positions that were
-    masked when the previous step began, so a token's states are kept from one step after it was written on.
+    masked when the previous step began, so the states of a token are cached one step after it was written.
 
     Args:
         refresh_steps (`int`):
-            Every this many steps of a block everything is recomputed, at its first step in any case.
+            Number of steps of a block after which everything is recomputed; its first step always does so.
     """
 
     refresh_steps: int
@@ -176,5 +177,5 @@ class DKVWindow:
             scored = row.masked.copy()
             for position in row.written:
                 scored[position] = True
-        # A canvas without decoded tokens is recomputed to its end, whatever the shift.
+        # The second forward recomputes the generated region to its end, even if the logits are shifted.
         return Window(0, length, length, 0, scored, include_scored=row.nfe == 1)

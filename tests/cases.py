@@ -4,7 +4,7 @@ import pytest
 
 
 MASK = 511
-ENDS = list(range(1, 70))  # so many that random models end, and at different steps; the pad token 0 is none of them
+ENDS = list(range(1, 70))  # enough that random models end, and at different steps; the pad token 0 is not among them
 PROMPTS = [[5, 70, 200, 41, 333, 62, 90, 8], [77, 130, 402, 256], [300, 21, 450]]
 PROMPT = PROMPTS[0]
 
@@ -47,7 +47,7 @@ every_model = pytest.mark.parametrize("name", ["llada", "dream"])
 
 
 def cut(text):
-    """Ids up to and with the first end token."""
+    """Ids up to and including the first end token."""
     return text[: next((index + 1 for index, token in enumerate(text) if token in ENDS), len(text))]
 
 
@@ -55,8 +55,10 @@ def generated(output, row=0, prompt_length=8):
     return output.sequences[row, prompt_length:].tolist()
 
 
-CHARACTERS = [chr(0x4E00 + token_id) for token_id in range(512)]  # one for every id, so that text and ids correspond
-CHARACTERS[500:506] = "abcdef"  # which the host's stop strings need
+CHARACTERS = [
+    chr(0x4E00 + token_id) for token_id in range(512)
+]  # a character for every id, so that text and ids correspond
+CHARACTERS[500:506] = "abcdef"  # stop strings of Transformers need them
 
 
 def spell(token_ids):

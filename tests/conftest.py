@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 
-# Read by the libraries when they are imported, so they are set before that.
+# The libraries read these when they are imported, so they are set before that.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -27,12 +27,12 @@ from hf_flashdlm.denoising_loop import DenoisingState
 
 torch.set_num_threads(1)  # the tensors are tiny, and workers run side by side
 
-# The same examples in every run, and no time limit for one: the machines are shared.
+# The same examples in every run, without a time limit: the machines are shared.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)
 hypothesis.settings.load_profile("suite")
 
 
-# What starts processes, servers or compilers: marked `heavy`.
+# Files that start processes, servers or compilers; their tests are marked `heavy`.
 HEAVY = {
     "hub",
     "test_ablation",
@@ -80,7 +80,7 @@ def left_padded():
 
 
 def check_guidance(output, guider):
-    """What the statistics of any guided decode must satisfy."""
+    """Check what the statistics of any guided decode must satisfy."""
     lengths, judged, accepted = output.accepted_lengths, output.drafts_judged, output.drafts_accepted
     asked = torch.tensor([len(row) for row in lengths])
     assert accepted.tolist() == [sum(row) for row in lengths]
@@ -96,14 +96,14 @@ def check_guidance(output, guider):
         closed = output.gate_closed_at
         assert ((closed == -1) | (asked <= closed)).all() and (asked <= output.nfe).all()
     if guider.gate is None and not guider.beyond_prefix:
-        # A token is written because it is accepted, or because it is the first of a step that accepts none.
+        # A token is written because it is accepted, or because it is the first draft of a step that accepts none.
         forced = torch.tensor([row.count(0) for row in lengths])
         assert (accepted + forced >= output.tokens_per_forward * output.nfe - 1e-3).all()
 
 
 @pytest.fixture(scope="session")
 def checked():
-    """`checked(output, guider)` is the output, whose statistics add up."""
+    """`checked(output, guider)` is the output, after a check that its statistics add up."""
 
     def checked(output, guider):
         check_guidance(output, guider)
@@ -114,7 +114,7 @@ def checked():
 
 @pytest.fixture(scope="session")
 def decode(left_padded):
-    """`decode(model, prompts, **options)`: the output of `generate`, and each forward; guided ones are `checked`."""
+    """`decode(model, prompts, **options)`: the output of `generate` and each forward; guided decodes are `checked`."""
 
     def decode(model, prompts, **options):
         input_ids, attention_mask = left_padded(prompts)
@@ -186,7 +186,7 @@ def guider(tiny):
 
 @pytest.fixture
 def decided(tiny):
-    """`decided(decide, **options)` is the same, which accepts as `decide` says."""
+    """`decided(decide, **options)` is a guider that accepts as `decide` says."""
     return lambda decide, **options: Decided(tiny("guider"), decide, **options)
 
 

@@ -1,4 +1,4 @@
-"""The golden models of both architectures, as tests of their modeling code share them."""
+"""The golden models of both architectures, which the tests of the modeling code share."""
 
 import functools
 from pathlib import Path
@@ -15,7 +15,7 @@ ATOL = 2e-3  # float32 rounding of the golden models is 1e-4
 
 @functools.cache
 def load(name, attention="sdpa"):
-    """A golden model; tests share it, so they leave it as it is."""
+    """A golden model; tests share it, so they must not change it."""
     return AutoModelForCausalLM.from_pretrained(GOLDENS / f"model_{name}", attn_implementation=attention).eval()
 
 

@@ -1,4 +1,4 @@
-"""What the tests of guided decodes share: window policies, options, and a guider that accepts as it is told."""
+"""What the tests of guided decodes share: window policies, options, and a guider that accepts as a test decides."""
 
 from types import SimpleNamespace
 
@@ -31,7 +31,7 @@ FILLED = OPTIONS | dict(stop_at_eos=False)
 
 
 class Decided(ARGuider):
-    """A guider that reads as usual but accepts as it is told."""
+    """A guider that reads as usual but accepts as a test decides."""
 
     def __init__(self, model, decide, **options):
         super().__init__(model, **options)
@@ -55,7 +55,7 @@ def random(seed, rate=0.7):
 
 
 def alphabet_guider(decide, **options):
-    """A guider of six tokens, 0 the mask, that scores nothing and accepts as it is told."""
+    """A guider of six tokens, 0 the mask, that scores nothing and accepts as a test decides."""
     model = SimpleNamespace(
         forward=lambda cache: None, config=AutoConfig.for_model("qwen2", vocab_size=6), device=torch.device("cpu")
     )
@@ -67,5 +67,5 @@ def alphabet_guider(decide, **options):
 
 
 def judge(guider, canvas, scores, positions, frontier):
-    """One step of a guider, of a row."""
+    """A step of a guider, for a single row."""
     return guider(canvas, scores, positions=positions, frontier=torch.tensor([frontier]))

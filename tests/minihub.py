@@ -1,7 +1,7 @@
-"""A Hugging Face Hub on loopback, as far as huggingface_hub's client needs one to publish and to load.
+"""A Hugging Face Hub on loopback, as far as huggingface_hub's client needs it to publish and to load.
 
-It answers to the token `TOKEN` alone where something is written. As on the Hub, large files go up one by one, each
-once, and become visible with the commit that names them; small ones travel in the commit. A request whose path is in
+Writing needs the token `TOKEN`. As on the Hub, large files are uploaded separately, each once, and become visible with
+the commit that names them; small files are part of the commit. A request whose path is in
 `broken` loses its connection in the middle.
 """
 
@@ -16,14 +16,14 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 
 TOKEN = "hf_loopback"
-LARGE = 100_000  # bytes from which on a file goes up by itself
+LARGE = 100_000  # bytes; a larger file is uploaded separately
 
 Files = dict[str, bytes]
 
 
 @dataclass
 class Repository:
-    """Commits by id, and the names that point at them."""
+    """Commits by id, and the names that point to them."""
 
     private: bool = False
     commits: dict[str, Files] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Repository:
 
 
 class MiniHub(ThreadingHTTPServer):
-    """Use as a context manager; `url` is the endpoint, `repositories` what it holds."""
+    """A context manager; `url` is the endpoint, `repositories` its content."""
 
     daemon_threads = True
 
@@ -53,7 +53,7 @@ class MiniHub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_address[1]}"
         self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # large files by the hash of their content
+        self.objects: dict[str, bytes] = {}  # large files, by the hash of their content
         self.broken: set[str] = set()
         self.requests: list[str] = []
         self.lock = threading.Lock()
@@ -73,7 +73,7 @@ class MiniHub(ThreadingHTTPServer):
 
 
 class Failure(Exception):
-    """An answer that is not 200."""
+    """An answer with a status other than 200."""
 
     def __init__(self, status: int, code: str = "", **body):
         super().__init__(status)
@@ -82,7 +82,7 @@ class Failure(Exception):
 
 
 def object_id(content: bytes) -> str:
-    """What git calls a file, or the storage of large files does."""
+    """The hash of a file for git, or for the storage of large files."""
     if len(content) >= LARGE:
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
@@ -185,7 +185,9 @@ class Handler(BaseHTTPRequestHandler):
         repository = self.repository(repo_id)
         kinds = {"branches": ("heads", repository.branches), "tags": ("tags", repository.tags)}
         return {"converts": []} | {
-            kind: [{"name": name, "ref": f"refs/{word}/{name}", "targetCommit": one} for name, one in refs.items()]
+            kind: [
+                {"name": name, "ref": f"refs/{word}/{name}", "targetCommit": commit} for name, commit in refs.items()
+            ]
             for kind, (word, refs) in kinds.items()
         }
 
@@ -211,21 +213,21 @@ class Handler(BaseHTTPRequestHandler):
         return {
             "files": [
                 {
-                    "path": one["path"],
-                    "uploadMode": "lfs" if one["size"] >= LARGE else "regular",
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["size"] >= LARGE else "regular",
                     "shouldIgnore": False,
-                    "oid": object_id(files[one["path"]]) if one["path"] in files else None,
+                    "oid": object_id(files[file["path"]]) if file["path"] in files else None,
                 }
-                for one in json.loads(self.body)["files"]
+                for file in json.loads(self.body)["files"]
             ]
         }
 
     def batch(self, repo_id: str):
-        """Where to send the large files that are not here yet."""
-        asked = [{"oid": one["oid"], "size": one["size"]} for one in json.loads(self.body)["objects"]]
-        for one in asked:
-            if one["oid"] not in self.server.objects:
-                one["actions"] = {"upload": {"href": f"{self.server.url}/objects/{one['oid']}"}}
+        """Say where to send the large files that are not here yet."""
+        asked = [{"oid": file["oid"], "size": file["size"]} for file in json.loads(self.body)["objects"]]
+        for file in asked:
+            if file["oid"] not in self.server.objects:
+                file["actions"] = {"upload": {"href": f"{self.server.url}/objects/{file['oid']}"}}
         return {"transfer": "basic", "objects": asked}
 
     def store(self, oid: str):
@@ -271,7 +273,7 @@ ROUTES = (
     (MODEL + r"/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Handler.tree, False),
     (MODEL + r"/preupload/(?P<revision>[^/]+)", Handler.preupload, True),
     (r"/(?P<repo_id>[^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.batch, True),
-    (r"/objects/(?P<oid>[0-9a-f]+)", Handler.store, False),  # the address itself is the permission
+    (r"/objects/(?P<oid>[0-9a-f]+)", Handler.store, False),  # whoever has the address may write
     (MODEL + r"/commit/(?P<revision>[^/]+)", Handler.commit, True),
     (MODEL + r"/tag/(?P<revision>[^/]+)", Handler.tag, True),
     (r"/(?P<repo_id>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)", Handler.file, False),

@@ -1,27 +1,28 @@
-"""Decoding loops that do in each step the work that the public implementations do: what ours is compared with.
+"""Decoding loops that do the work of the public implementations in each step, for comparison with this package.
 
 * `llada`: `generate` of https://github.com/ML-GSAI/LLaDA/blob/main/generate.py. All positions go through the output
   head; noise is drawn for all their scores in float64, although at temperature 0 it changes nothing, before the
   maximum over the vocabulary is taken; then comes a softmax of all of them in float64.
 * `fastdllm_plain`, `fastdllm_prefix`, `fastdllm_dual`: `generate`, `generate_with_prefix_cache` and
-  `generate_with_dual_cache` of https://github.com/NVlabs/Fast-dLLM/blob/main/llada/generate.py. The same for the
-  positions that are fed, without noise; with the prefix cache the maximum is taken twice. With a threshold candidates
-  are compared with it one by one. The prefix cache cuts the keys and values of the full forward at the block and is
-  appended to in each forward; the dual cache writes into those of the full forward, row by row.
+  `generate_with_dual_cache` of https://github.com/NVlabs/Fast-dLLM/blob/main/llada/generate.py. The same work
+  for the positions that are fed, without noise; with the prefix cache the maximum is taken twice. A threshold is
+  compared with each candidate in turn. The prefix cache cuts the keys and values of the full forward at the block, and
+  each forward appends to it; the dual cache writes into those of the full forward, row by row.
 * `flashdlm_freecache`: `generate_block_cached` of
   https://github.com/ZhanqiuHu/flash-dlm-experimental/blob/main/src/model/llada_v2/generate.py. Keys and values are
-  written into buffers behind those of finished blocks, whose last step, before its token is written, freezes them. It
-  decodes one prompt after another.
+  written into buffers after those of finished blocks, which the last step of a block freezes before its token is
+  written. It decodes one prompt after another.
 
-The loops alone are compared: the model's code is ours in both, and in the originals does more (it rotates all cached
-keys in each forward; FlashDLM's keeps queries, too). The loops take prompts of one length, fill the canvas and write
-the most confident tokens: one in each step, or with `threshold` all that are at least so probable, and at least one.
+Only the loops are compared: both sides use the model code of this package. The original model code does more (it
+rotates all cached keys in each forward; that of FlashDLM keeps queries, too). The loops take prompts of one length,
+fill the canvas and write the most confident token in each step or, with `threshold`, all tokens of at least this
+probability, and at least one.
 
 The originals are for LLaDA. For Dream's shifted logits, which are not copied here, a cached block is fed from the
-position before it as long as its first token is masked in any row. Ours asks that of each row alone, so in a batch the
-tokens of a few rows may differ.
+position before it as long as its first token is masked in any row. The package decides this for each row alone, so in
+a batch the tokens of a few rows may differ.
 
-`flashdlm bench --reference tests/reference.py` times them beside ours.
+`flashdlm bench --reference tests/reference.py` times them beside the methods of the package.
 """
 
 from functools import partial
@@ -54,7 +55,7 @@ def fastdllm_plain(model, input_ids, max_new_tokens, block_length, threshold=Non
 
 @torch.no_grad()
 def fastdllm_prefix(model, input_ids, max_new_tokens, block_length, threshold=None):
-    """Fast-dLLM's prefix cache (section 3.2): a full forward for each block, then from the block on."""
+    """Fast-dLLM's prefix cache (section 3.2): a full forward for each block, then forwards from the block on."""
     canvas = _start(model, input_ids, max_new_tokens)
     for start, stop in _blocks(input_ids, canvas, block_length):
         cache = DynamicCache()
@@ -71,7 +72,7 @@ def fastdllm_prefix(model, input_ids, max_new_tokens, block_length, threshold=No
 
 @torch.no_grad()
 def fastdllm_dual(model, input_ids, max_new_tokens, block_length, threshold=None):
-    """Fast-dLLM's dual cache (section 3.2): a full forward for each block, then the block alone."""
+    """Fast-dLLM's dual cache (section 3.2): a full forward for each block, then forwards of the block alone."""
     canvas = _start(model, input_ids, max_new_tokens)
     for start, stop in _blocks(input_ids, canvas, block_length):
         cache = ReplacingCache()
@@ -87,7 +88,7 @@ def fastdllm_dual(model, input_ids, max_new_tokens, block_length, threshold=None
 
 @torch.no_grad()
 def flashdlm_freecache(model, input_ids, max_new_tokens, block_length):
-    """FlashDLM's FreeCache (https://arxiv.org/abs/2505.21467, algorithm 1): after one full forward, from the block."""
+    """FlashDLM's FreeCache (https://arxiv.org/abs/2505.21467, algorithm 1): a full forward, then from the block on."""
     if len(input_ids) > 1:  # the original's canvas has one row
         return torch.cat([flashdlm_freecache(model, row[None], max_new_tokens, block_length) for row in input_ids])
     canvas = _start(model, input_ids, max_new_tokens)
@@ -100,7 +101,7 @@ def flashdlm_freecache(model, input_ids, max_new_tokens, block_length):
 
 
 class ReplacingCache(DynamicCache):
-    """New states take the places of old ones, `replaced` of shape (B, L); without it they are appended."""
+    """New states replace those at `replaced` of shape (B, L); without it they are appended."""
 
     replaced = None
 
@@ -121,7 +122,7 @@ class ReplacingCache(DynamicCache):
 
 
 class BlockCache(DynamicCache):
-    """New states are written behind the first `clean` positions of buffers of `length`."""
+    """New states are written after the first `clean` positions of buffers of `length`."""
 
     def __init__(self, length):
         super().__init__()
@@ -152,7 +153,7 @@ def _blocks(input_ids, canvas, block_length):
 
 
 def _shift(model):
-    return getattr(model.config, "logits_shift", 0)  # of Dream: its output at a position scores the next
+    return getattr(model.config, "logits_shift", 0)  # Dream's logits at a position score the next token
 
 
 def _has_masks(model, canvas, start, stop):
@@ -160,7 +161,7 @@ def _has_masks(model, canvas, start, stop):
 
 
 def _first(model, canvas, start):
-    """Where to feed a block from: where logits are shifted from one earlier, as long as its first token is masked."""
+    """The first position to feed for a block: with shifted logits, the one before it if its first token is masked."""
     return start - _shift(model) if _shift(model) and _has_masks(model, canvas, start, start + 1) else start
 
 
@@ -194,7 +195,7 @@ def _write(model, canvas, logits, first, stop, threshold=None, noisy=False):
     fed[chosen] = token_ids[chosen]
 
 
-# What `flashdlm bench` reads: the loops by name, and the options of `generate` that write the same tokens.
+# Read by `flashdlm bench`: the loops by name, and the options of `generate` that write the same tokens.
 _SURE = {"confidence_threshold": 0.9}
 METHODS = {
     "LLaDA": (llada, {"window_policy": "none"}),

@@ -24,15 +24,15 @@ def test_every_row_of_the_ablation_has_options_that_generate_takes():
         options = setting.recipe.options
         ours = {
             name: options[name] for name in options.keys() - {"do_sample", "temperature"}
-        }  # the rest is the host's
+        }  # the other options are those of Transformers
         DiffusionOptions(**ours).tiling(64)
         ARGuider(None, **setting.recipe.rule)
     names = [(setting.group, setting.recipe.name) for setting in table]
-    assert len(set(names)) == len(names), "a row could not be told from another"
+    assert len(set(names)) == len(names), "two rows have the same name"
     assert {name for parts in PART_COMBINATIONS for name in parts.split()} == set(PARTS)
     for group in ("guider size", "guider alone"):
         assert {setting.recipe.guider for setting in table if setting.group == group} == {"small", "large"}
-    large = [one.recipe.name for one in table if one.group == "intersection" and one.recipe.guider == "large"]
+    large = [row.recipe.name for row in table if row.group == "intersection" and row.recipe.guider == "large"]
     assert large == [f"large: both {sure}, window 32" for sure in (0.3, 0.5, 0.6)]
     assert [setting.recipe.options["block_length"] for setting in table if setting.group == "plain order"] == [
         1, 2, 4, 8, 16, 64
@@ -73,9 +73,9 @@ def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, c
 
 def test_rows_that_draw_are_over_all_seeds_and_a_guider_alone_needs_no_model(bench, tmp_path, monkeypatch):
     table = settings(8, 8, ["guider"], [200])
-    short = [one for one in table if one.recipe.name in ("plain", "guider, temperature 1.0", "guider")]
-    short = [one for one in short if one.group in ("parts", "sampling", "guider alone")]
-    assert [one.seeds for one in short] == [(0,), (0,), (0, 1, 2), (0,)]
+    short = [row for row in table if row.recipe.name in ("plain", "guider, temperature 1.0", "guider")]
+    short = [row for row in short if row.group in ("parts", "sampling", "guider alone")]
+    assert [row.seeds for row in short] == [(0,), (0,), (0, 1, 2), (0,)]
     monkeypatch.setattr(ablation, "settings", lambda *_: short)
     runs, run = [], ablation.run
 
@@ -89,11 +89,11 @@ def test_rows_that_draw_are_over_all_seeds_and_a_guider_alone_needs_no_model(ben
     bench(*arguments)
     rows = json.loads(path.read_text())["rows"]
     assert [row["seeds"] for row in rows] == [[0], [0], [0, 1, 2], [0]]
-    drawn, of_seeds = rows[2], runs[3:6]  # behind the warm-up and a run of each row before
-    assert drawn["num_rows"] == 9 and drawn["seconds_of_runs"] == [one.seconds for one in of_seeds]
+    drawn, of_seeds = rows[2], runs[3:6]  # after the warm-up and a run of each earlier row
+    assert drawn["num_rows"] == 9 and drawn["seconds_of_runs"] == [single.seconds for single in of_seeds]
     for name in ("nfe", "tokens", "drafts_judged", "drafts_accepted"):
-        assert drawn[name] == sum(getattr(one, name) for one in of_seeds) / 9
-    assert drawn["accuracy_interval"] == list(binomial_interval(sum(one.correct for one in of_seeds), 9))
+        assert drawn[name] == sum(getattr(single, name) for single in of_seeds) / 9
+    assert drawn["accuracy_interval"] == list(binomial_interval(sum(single.correct for single in of_seeds), 9))
     alone = rows[3]
     assert alone["group"] == "guider alone" and alone["nfe"] == alone["active_tokens"] == 0
     assert 1 <= alone["guider_forwards"] == alone["tokens"] <= 8
@@ -106,7 +106,7 @@ def test_a_seed_decides_what_is_drawn_and_a_guider_alone_is_the_hosts_greedy_dec
     checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
     models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, torch.device("cpu"), "float32")
     workload = problem_workload(checkpoint, 2, 2, 0, {"max_new_tokens": 24})
-    table = {(one.group, one.recipe.name): one for one in settings(24, 8, ["guider"], [200])}
+    table = {(row.group, row.recipe.name): row for row in settings(24, 8, ["guider"], [200])}
     recipe = table["sampling", "threshold, temperature 1.0"].recipe
     texts = []
     for seed in (0, 0, 1):
@@ -140,7 +140,7 @@ def test_the_verdict_names_what_comes_within_a_point():
         row("alone", 0.99, 0, 1, guider="a") | {"group": "guider alone"},
     ]
     verdict = ablation.verdict(rows)
-    assert {name: one["name"] for name, one in verdict.items()} == {
+    assert {name: row["name"] for name, row in verdict.items()} == {
         "best_plain": "plain",
         "unguided_nfe": "few",
         "unguided_seconds": "quick",

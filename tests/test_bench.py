@@ -1,4 +1,4 @@
-"""`flashdlm bench`: what it counts, what it writes, what it refuses; and the loops that ours is compared with."""
+"""`flashdlm bench`: what it counts, what it writes, what it refuses; and the loops that it compares with."""
 
 import argparse
 import importlib.util
@@ -40,7 +40,7 @@ SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --
 METHODS = ["--methods", "plain,plain-eos,freecache+window,guided,ar"]
 
 
-# With Dream's shift a cached block needs a position before it, of which each row of ours decides for itself.
+# With Dream's shift a cached block needs the position before it, which the package decides for each row alone.
 @pytest.mark.parametrize(("name", "num_rows"), [("llada", 3), ("llada_gqa", 3), ("dream", 1), ("dream_trained", 1)])
 @pytest.mark.parametrize("method", reference.METHODS)
 @pytest.mark.parametrize("block_length", [1, 3, 4, 12])
@@ -62,7 +62,7 @@ def test_a_step_of_a_loop_of_others_does_the_work_of_the_original(tiny):
     for method, (loop, _) in reference.METHODS.items():
         with Probe(model) as probe:
             loop(model, prompts, max_new_tokens=8, block_length=4)
-        runs[method] = [(one.queries, one.keys, one.head_rows) for one in probe.forwards]
+        runs[method] = [(forward.queries, forward.keys, forward.head_rows) for forward in probe.forwards]
     assert runs["LLaDA"] == 8 * [(15, 15, 15)]
     assert runs["Fast-dLLM prefix"] == [(15, 15, 15)] + 3 * [(8, 15, 8)] + [(15, 15, 15)] + 3 * [(4, 15, 4)]
     assert runs["Fast-dLLM dual"] == 2 * ([(15, 15, 15)] + 3 * [(4, 15, 4)])
@@ -76,7 +76,7 @@ def test_references_are_compared_with_our_settings_for_them(bench, tmp_path, cap
     bench(*SHORT, *arguments, str(path), "--reference", reference.__file__)
     printed = capsys.readouterr().out.splitlines()
     rows = {row["method"]: row for row in json.loads(path.read_text())["rows"]}
-    assert list(rows) == [one for name in reference.METHODS for one in (f"{name} (ours)", name)]
+    assert list(rows) == [row for name in reference.METHODS for row in (f"{name} (ours)", name)]
     for name in reference.METHODS:
         ours, other = rows[f"{name} (ours)"], rows[name]
         assert ours["like"] == name and other["like"] is None
@@ -177,8 +177,8 @@ def test_shapes_of_the_large_models(name, guider):
     args = argparse.Namespace(guider=guider, config=name)
     with torch.device("meta"):
         sizes = [
-            AutoModelForCausalLM.from_config(one).num_parameters() / 1e9
-            for one in (config, guider_config(args, config), twin_config(config))
+            AutoModelForCausalLM.from_config(shape).num_parameters() / 1e9
+            for shape in (config, guider_config(args, config), twin_config(config))
         ]
     assert sizes[0] == sizes[2] == pytest.approx(8.02 if name == "llada-8b" else 7.62, abs=0.01)
     assert sizes[1] == pytest.approx({None: 1.5, "qwen2.5-0.5b": 0.48}[guider], abs=0.06)
@@ -291,7 +291,7 @@ def test_plots_without_matplotlib_are_refused(bench, tmp_path, monkeypatch):
 @pytest.mark.parametrize("small", ["1", ""])
 def test_the_script_for_a_gpu_measures_each_case_once(tmp_path, small):
     log, stub, folder = tmp_path / "log", tmp_path / "stub", tmp_path / "results"
-    # Writes down how it was called, and what it was asked to write, but for the first call of all.
+    # Logs its arguments and writes the file it is asked for, except in the very first call, which fails.
     stub.write_text(
         f'#!/bin/sh\necho "$@" >> {log}\n[ -e {tmp_path}/failed ] || {{ touch {tmp_path}/failed; exit 1; }}\n'
         'while [ "$1" != --json ]; do shift; done\ntouch "$2"\n'
@@ -332,7 +332,7 @@ def test_the_profile_of_a_step_names_its_parts(tmp_path):
     assert [row["method"] for row in rows] == run.stdout.splitlines()[0].split()[-3:]
     for row in rows:
         parts = row["microseconds_per_step"]
-        assert all(one > 0 for one in parts.values())
+        assert all(time > 0 for time in parts.values())
         assert ("forward of the guider" in parts) == row["method"].startswith("guided")
 
 

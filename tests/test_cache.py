@@ -1,4 +1,4 @@
-"""FreeCache: exact while the canvas stays as it is, and never a write into what is frozen."""
+"""FreeCache: exact as long as the canvas does not change, and never a write into frozen positions."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def logits_of(model, canvas, positions, cache=None):
 
 
 def states(start, stop, batch_size=1):
-    """States of one head of size 1 that say their own position, and 100 more for each further row."""
+    """States of one head of size 1: each holds its own position, plus 100 times its row."""
     return (torch.arange(start, stop) + 100 * torch.arange(batch_size)[:, None])[:, None, :, None].float()
 
 
@@ -151,7 +151,7 @@ def test_rows_dropped_from_the_batch_leave_the_others_exact(model, canvas):
 def test_a_write_into_frozen_positions_is_refused(write):
     cache = filled()
     cache.freeze(3)
-    with pytest.raises(ValueError, match=r"behind the frozen length \[3\], got \[2\]: frozen positions are never"):
+    with pytest.raises(ValueError, match=r"after the frozen length \[3\], got \[2\]: frozen positions are never"):
         write(cache)
 
 
@@ -262,7 +262,9 @@ def test_a_model_is_told_where_its_window_starts_and_how_many_keys_it_sees():
     cache.window(2, 4, attended=5)
     assert (cache.get_seq_length(), cache.get_mask_sizes(2, 0)) == (2, (5, 0))
     cache.scatter(torch.tensor([[5, 1]]))
-    assert (cache.get_seq_length(), cache.get_mask_sizes(2, 0)) == (0, (6, 0)), "it starts in each row elsewhere"
+    assert (cache.get_seq_length(), cache.get_mask_sizes(2, 0)) == (0, (6, 0)), (
+        "each row starts at a different position"
+    )
 
 
 # Rows
@@ -329,7 +331,7 @@ def test_cropping_is_refused():
 
 
 def test_it_says_that_it_keeps_positions():
-    assert FreeCache.keeps_positions, "the seam knows by this attribute a cache that it may use"
+    assert FreeCache.keeps_positions, "`generate` recognizes a cache that it may use by this attribute"
 
 
 @given(st.data())

@@ -1,4 +1,4 @@
-"""The host's processors on many positions: each equals its answer position by position, or is refused by name."""
+"""Transformers' processors on many positions: each equals its answer position by position, or is refused by name."""
 
 import inspect
 
@@ -55,12 +55,12 @@ def apply(processors, canvas=CANVAS, scores=None, mask=None, positions=POSITIONS
     scores = raw_scores() if scores is None else scores
     together = CanvasProcessors(LogitsProcessorList(processors), mask, MASK, guider)
     ranges = [range(int(row[0]), int(row[-1]) + 1) for row in positions]
-    candidate = [bytearray(b"\1" * len(one)) for one in ranges]
-    return together(canvas, scores, ranges, [one.start for one in ranges], candidate)
+    candidate = [bytearray(b"\1" * len(positions)) for positions in ranges]
+    return together(canvas, scores, ranges, [positions.start for positions in ranges], candidate)
 
 
 class Reader(LogitsProcessor):
-    """A caller's own processor: keeps the contexts it is shown, and adds their length to the scores."""
+    """A caller's own processor: keeps the contexts that it gets, and adds their length to the scores."""
 
     def __init__(self):
         self.contexts = []
@@ -84,9 +84,11 @@ def test_a_processor_equals_its_answer_position_by_position(processor):
             alone = scores[row, slot][None].clone()
             expected[row, slot] = processor(CANVAS[row : row + 1, :position], alone)[0]
     before = scores.clone()
-    assert not torch.equal(expected, before), "the example must be one that changes something"
+    assert not torch.equal(expected, before), "the example must change something"
     torch.testing.assert_close(apply([processor], scores=scores), expected, equal_nan=True)
-    torch.testing.assert_close(scores, before, atol=0, rtol=0, equal_nan=True, msg="the scores it is given must stay")
+    torch.testing.assert_close(
+        scores, before, atol=0, rtol=0, equal_nan=True, msg="the scores passed in must not change"
+    )
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_any_other_processor_of_the_host_is_refused_by_name(processor):
 
 
 def test_a_context_holds_what_is_known_left_of_the_position():
-    """Masks are not known yet, and padding is nothing."""
+    """Masks and padding are not part of a context."""
     canvas = torch.tensor([[2, 2, 5, MASK, 6, MASK]])
     mask, reader = torch.tensor([[0, 0, 1, 1, 1, 1]]), Reader()
     scores = apply([reader], canvas, torch.zeros(1, 3, VOCAB), mask, torch.tensor([[3, 4, 5]]))
@@ -126,7 +128,7 @@ def test_a_penalty_does_not_see_padding_and_masks():
 
 
 def test_a_length_counts_masks_and_padding():
-    """As the host counts: a minimum length is one of the sequence, its padding included."""
+    """Count as Transformers does: a minimum length is that of the sequence, its padding included."""
     canvas, mask = torch.tensor([[2, 5, MASK, MASK]]), torch.tensor([[0, 1, 1, 1]])
     processor = host.MinLengthLogitsProcessor(3, EOS_IDS)
     scores = apply([processor], canvas, torch.zeros(1, 2, VOCAB), mask, torch.tensor([[2, 3]]))

@@ -34,7 +34,7 @@ def say(monkeypatch):
 
 @pytest.fixture
 def conversations(monkeypatch):
-    """What the model is given at each reply, as lists of roles and texts."""
+    """The conversation that the model gets for each reply, as lists of roles and texts."""
     seen, stream = [], Checkpoint.stream
 
     def spy(self, prompt, *args):
@@ -47,7 +47,7 @@ def conversations(monkeypatch):
 
 @pytest.fixture
 def talk(checkpoint, say):
-    """`talk(lines)` holds a conversation, `console` for the replies: what was noted."""
+    """`talk(lines)` holds a conversation, with replies to `console`, and returns the notes."""
 
     def talk(*lines, checkpoint=checkpoint, options=OPTIONS, system=None, console=None):
         say(*lines)

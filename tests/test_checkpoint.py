@@ -34,9 +34,9 @@ def test_prompts_of_a_batch_are_continued_as_each_alone(checkpoint):
     prompts = [QUESTION, "Nora has 2 nuts."]
     together = checkpoint.continue_prompts(prompts, SHORT)
     alone = [checkpoint.continue_prompts([prompt], SHORT) for prompt in prompts]
-    assert together.texts == [one.texts[0] for one in alone]
-    assert together.lengths == [one.lengths[0] for one in alone]
-    assert together.output.nfe.tolist() == [int(one.output.nfe) for one in alone]
+    assert together.texts == [single.texts[0] for single in alone]
+    assert together.lengths == [single.lengths[0] for single in alone]
+    assert together.output.nfe.tolist() == [int(single.output.nfe) for single in alone]
 
 
 def test_a_text_ends_with_its_first_end_token_even_if_the_canvas_is_filled(checkpoint):
@@ -147,7 +147,7 @@ def test_a_folder_without_weights_is_refused(tmp_path):
         Checkpoint.load(folder)
     torch.save(load_file(TINY / "dlm" / "model.safetensors"), Path(folder) / "pytorch_model.bin")
     with pytest.raises(ValueError, match="`--model` could not be loaded from .*model.safetensors"):
-        Checkpoint.load(folder)  # which would be unpickled
+        Checkpoint.load(folder)  # loading them would unpickle them
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):

@@ -31,7 +31,7 @@ SETTINGS = [
 
 @pytest.fixture(autouse=True)
 def fresh():
-    """Nothing compiled yet, nothing counted."""
+    """Reset what is compiled and counted."""
     torch.compiler.reset()
     counters.clear()
     yield
@@ -103,7 +103,7 @@ def test_the_width_of_a_compiled_window_is_one_of_few(tiny, decode):
     assert len(widths) > 2 and static <= {16, 32}
 
 
-# What torch itself imports for captured graphs warns of torch's own old parts.
+# Modules that torch imports for captured graphs warn of deprecated parts of torch.
 importing = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 
 
@@ -127,9 +127,9 @@ def test_a_captured_graph_would_serve_all_steps(tiny, decode, setting):
         tensors = [value for value in values if isinstance(value, torch.Tensor)]
         layouts = {str(size) for tensor in tensors for size in (*tensor.shape, *tensor.stride())}
         numbers = {str(value) for value in values if not isinstance(value, torch.Tensor)}
-        assert numbers <= layouts, "a number that changes from step to step needs a graph for each of its values"
+        assert numbers <= layouts, "a number that changes from step to step needs a captured graph for each value"
         buffers = [meta["tensor_dict"] for meta, value in zip(inputs, values, strict=True) if is_buffer(value)]
-        assert all(one.get("_dynamo_static_input_type") == "unguarded" for one in buffers)
+        assert all(buffer.get("_dynamo_static_input_type") == "unguarded" for buffer in buffers)
         cached = setting.get("window_policy") != "none"
         assert len(buffers) == (2 * tiny("llada").config.n_layers if cached else 0)
 

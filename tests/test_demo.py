@@ -1,4 +1,4 @@
-"""The demonstration: what it measures and how it says so."""
+"""The demonstration: what it measures and how it reports it."""
 
 import io
 
@@ -20,7 +20,7 @@ SETTINGS = Settings(problems=2, batch_size=1, repeats=2, show=1, seed=0)
 
 @pytest.fixture(scope="module")
 def run():
-    """One demonstration on two problems: its record, and what a file gets to see."""
+    """One demonstration on two problems: its record, and its output to a file."""
     console = Console(file=io.StringIO())
     record = demo.run_demo(SETTINGS, console)
     return record, console.file.getvalue()
@@ -144,7 +144,7 @@ def test_the_final_number_is_behind_the_last_mark(text, number):
 
 
 def test_the_interval_of_a_share_is_wilsons():
-    # Worked by hand for 8 of 10 with z = 1.96: center 0.7166, half width 0.2267.
+    # By hand for 8 of 10 with z = 1.96: center 0.7166, half width 0.2267.
     assert binomial_interval(8, 10) == pytest.approx((0.4902, 0.9433), abs=1e-4)
     assert binomial_interval(0, 10)[0] == 0
     assert binomial_interval(10, 10)[1] == 1

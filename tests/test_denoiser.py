@@ -1,4 +1,4 @@
-"""The border with the model: row j of the logits scores position j asked for, whatever is fed."""
+"""The border with the model: row j of the logits scores the j-th requested position, whatever is fed."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from hf_flashdlm.denoiser import ClassifierFreeGuidance, Denoiser
 from hf_flashdlm.windows import Window
 
 
-ATOL = 1e-4  # rounding of the models' logits; the scores of a neighbour are off by 1e-1 and more
+ATOL = 1e-4  # rounding of the models' logits; the scores of a neighbouring position differ by at least 1e-1
 LENGTH = 10
 
 
@@ -43,11 +43,11 @@ def denoiser_of(model, mask=None, cached=True):
 
 
 def window_of(lo, hi, attended=None, frozen=None, batch_size=2, scored=None, **fields):
-    """The windows of the rows from numbers, or lists of one number per row."""
+    """The windows of the rows, from numbers or from lists with a number per row."""
     values = (lo, hi, LENGTH if attended is None else attended, 0 if frozen is None else frozen)
     rows = zip(*(torch.as_tensor(value).expand(batch_size).tolist() for value in values), strict=True)
     scored = [None] * batch_size if scored is None else [bytearray(row) for row in scored.tolist()]
-    return [Window(*row, one, **fields) for row, one in zip(rows, scored, strict=True)]
+    return [Window(*row, places, **fields) for row, places in zip(rows, scored, strict=True)]
 
 
 def consecutive(starts, count):
@@ -62,7 +62,7 @@ def alone(model, row):
 
 
 def reference(model, canvas, positions, mask=None, attended=None):
-    """The same for all rows, each for itself, at its positions."""
+    """Scores of all rows at their positions, each row computed alone."""
     rows = []
     for row, where in enumerate(torch.as_tensor(positions)):
         start = 0 if mask is None else int((mask[row] == 0).sum())
@@ -72,7 +72,7 @@ def reference(model, canvas, positions, mask=None, attended=None):
 
 
 def warmed(denoiser, canvas):
-    """After the first forward, which computes everything."""
+    """A denoiser after its first forward, which computes everything."""
     denoiser(
         canvas,
         window_of(0, LENGTH, batch_size=len(canvas)),
@@ -197,7 +197,7 @@ def test_a_window_that_freezes_less_than_before_refreshes(model):
     fresh, _ = denoiser(changed, window_of(0, LENGTH), positions, [6, 6])
     assert_close(stale, reference(model, canvas, positions))
     assert_close(fresh, reference(model, changed, positions))
-    assert (stale - fresh).abs().max() > 10 * ATOL, "the change must be one that shows"
+    assert (stale - fresh).abs().max() > 10 * ATOL, "the change must show in the scores"
 
 
 def test_rows_that_leave_take_their_padding_and_their_states_with_them(model):
@@ -225,7 +225,7 @@ def test_only_the_rows_of_the_head_that_are_asked_for_are_computed(model, forwar
 
 
 def test_positions_are_counted_from_the_first_token_behind_the_padding(model, forwards):
-    """Rotary positions are relative, so that the logits of these models would not tell."""
+    """Check positions themselves: rotary positions are relative, so the logits of these models would not differ."""
     mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
     denoiser = warmed(denoiser_of(model, mask), canvas_of())
     denoiser(canvas_of(), window_of(6, [8, 9]), consecutive([7, 7], 2), [7, 7])
@@ -247,7 +247,7 @@ def test_no_mask_of_queries_times_keys_is_built_where_the_kernel_can_do_without(
         mask[0, :padding] = 0
         denoiser = denoiser_of(model, mask, cached)
         denoiser(canvas_of(), window_of(0, LENGTH), consecutive([4, 4], 3), [4, 4])
-        assert masks and all(one is None if not padding else one.shape == (2, 1, 1, LENGTH) for one in masks)
+        assert masks and all(mask is None if not padding else mask.shape == (2, 1, 1, LENGTH) for mask in masks)
         masks.clear()
 
 

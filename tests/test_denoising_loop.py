@@ -16,7 +16,7 @@ MASK, VOCAB = ord("_"), 128
 class Speller:
     """
     Scores the letters of its words, one word per row, with the confidence that `order` gives each position: a digit d
-    is d in ten. It says the same of every canvas, and keeps what it was asked.
+    means d in ten. The scores do not depend on the canvas; it records its arguments.
     """
 
     def __init__(self, *words, order):
@@ -60,7 +60,7 @@ def read(tokens):
 
 @pytest.fixture
 def decode(start):
-    """Texts after each step, one list per row of the batch, and where each row stands in the end."""
+    """Texts after each step, a list per row of the batch, and the final state of each row."""
 
     def decode(*texts, words, order, prompt_length=0, window=None, blocks=None, processors=None, **parts):
         window = window or FullWindow()
@@ -71,7 +71,9 @@ def decode(start):
         def after_step(state):
             for row, text in zip(state.rows, read(state.canvas), strict=True):
                 steps[row.index].append(text)
-                assert row.tokens == list(map(ord, text)) and list(row.masked) == [one == "_" for one in text]
+                assert row.tokens == list(map(ord, text)) and list(row.masked) == [
+                    character == "_" for character in text
+                ]
             return filled(state)
 
         speller = Speller(*words, order=order)
@@ -165,7 +167,7 @@ def test_the_last_rows_take_the_places_of_those_that_leave(decode):
     texts, words = ["a_", "__", "b_", "__", "__"], ["ab", "on", "ba", "no", "an"]
     steps, last = decode(*texts, words=words, order=["99", "98", "99", "98", "98"], processors=processors)
     assert processors.rows == [[4, 1, 3], []]
-    assert [one[-1] for one in steps] == words and [last[row].nfe for row in range(5)] == [1, 2, 1, 2, 2]
+    assert [texts[-1] for texts in steps] == words and [last[row].nfe for row in range(5)] == [1, 2, 1, 2, 2]
 
 
 def test_rows_of_a_batch_are_decoded_as_alone(decode):
@@ -246,7 +248,7 @@ def test_a_row_whose_candidates_are_all_refused_is_named(decode):
 
 
 def test_the_row_named_is_that_of_the_callers_batch(decode):
-    """Row 0 has left when row 1 is refused."""
+    """Refuse row 1 after row 0 has left."""
     refuse_bb = Unprocessed(lambda canvas, positions: (canvas[:, :2] == ord("b")).all(1)[:, None].expand_as(positions))
     with pytest.raises(RuntimeError, match="Row 1 could not"):
         decode("aa_", "b__", words=["aab", "bbc"], order=["999", "999"], processors=refuse_bb)

@@ -14,7 +14,7 @@ WORDS = {2: " two", 3: " three", 4: "\n#### 4"}
 
 
 class Tokenizer:
-    """Spells a few ids."""
+    """A tokenizer that spells a few ids."""
 
     def decode(self, ids):
         return "".join(WORDS[token_id] for token_id in ids)
@@ -69,7 +69,9 @@ def test_a_streamer_can_be_used_again(streamer, frames):
         streamer.put_draft(torch.tensor([[*prompt, 2]]))
         streamer.end()
     assert [frame.plain for frame in frames] == [" two", " two"]
-    assert styled(frames[1]) == [(" two", FRESH)], "the second prompt must not be compared with the first one's canvas"
+    assert styled(frames[1]) == [(" two", FRESH)], (
+        "the second prompt must not be compared with the canvas of the first prompt"
+    )
 
 
 @pytest.mark.parametrize(("encoding", "character"), [("utf-8", "░"), ("ascii", "_")])

@@ -85,7 +85,7 @@ def processor(name, **options):
 
 
 REFUSALS = {
-    # What the host offers and a canvas has no meaning for.
+    # Options of Transformers that make no sense for a canvas.
     **{
         f"host-{name}": meaningless(name, value)
         for name, value in {

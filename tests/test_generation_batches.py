@@ -1,4 +1,4 @@
-"""A row decodes alone as in a batch, whatever the parts, and every decode obeys the same laws."""
+"""A row decodes alone as in a batch, for all parts, and every decode obeys the same laws."""
 
 import pytest
 from cases import ENDS, MASK, POLICIES, PROMPT, PROMPTS, RULES, cut, every_model, every_policy, generated
@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 
 SYNCHRONOUS = ("prefix", "dual", "dkv", "dkv-often", "synchronous")
-# Every policy with every rule; the models take turns, so that each meets all policies and all rules.
+# Every policy with every rule; the models alternate, so that each is tested with all policies and all rules.
 COMBINATIONS = [
     (("llada", "dream")[(i + j) % 2], policy, rule)
     for i, policy in enumerate(POLICIES)
@@ -31,7 +31,7 @@ def test_a_row_decodes_alone_as_in_an_uneven_batch(tiny, decode, name, policy, r
         assert in_batch == text + [0] * (len(in_batch) - len(text)), f"row {row} depends on its neighbours"
         if policy not in SYNCHRONOUS:
             assert batch.nfe[row] == alone.nfe[0]
-            # Where a forward covers the whole canvas, the padding is computed, too.
+            # If a forward covers the whole canvas, it computes the padding, too.
             whole = sum(int(forward["position_ids"][0, 0]) == 0 for forward in alone.forwards)
             assert batch.active_tokens[row] == alone.active_tokens[0] + padding * whole
 
@@ -92,7 +92,7 @@ def test_every_decode_obeys_the_laws(tiny, decode, call):
         text = sequence[longest:]
         ended = cut(text) if options["stop_at_eos"] else text
         if ended[-1] in ENDS and options["stop_at_eos"]:
-            assert not any(text[len(ended) :]), "what follows the end is not padding"
+            assert not any(text[len(ended) :]), "there is no padding after the end"
         else:
             assert len(text) == num_new
         nfe = int(output.nfe[row])

@@ -1,4 +1,4 @@
-"""`generate` as its users meet it: where options come from, what is returned, and that nothing survives a call."""
+"""`generate` as its users see it: where options come from, what is returned, and that nothing survives a call."""
 
 import inspect
 import re
@@ -59,7 +59,7 @@ def test_a_model_can_be_trained_on_what_it_has_written(tiny, name, policy):
     sequences = model.generate(torch.tensor([PROMPT]), max_new_tokens=6, window_policy=policy)
     assert not sequences.is_inference()
     model(sequences, labels=sequences).loss.backward()
-    assert all(one.grad is not None for one in model.parameters())
+    assert all(weight.grad is not None for weight in model.parameters())
     model.zero_grad()
 
 
@@ -77,7 +77,7 @@ def test_forwards_run_in_inference_mode_unless_processes_share_the_model(tiny, t
     assert modes == half * [True] + half * [False] and shared.equal(alone)
 
 
-@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # older hosts do
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # of older Transformers
 @pytest.mark.parametrize("reads_text", [False, True])
 def test_models_whose_weights_are_offloaded_decode_the_same(decode, reads_text):
     def load(name):
@@ -142,7 +142,7 @@ def test_a_keyword_beats_the_passed_configuration_which_beats_the_models_which_b
 
 def test_options_travel_with_a_saved_model(own_model, options_seen, tmp_path):
     wanted = DiffusionOptions(block_length=2, window_policy="dkv", refresh_steps=3, factor=0.5, stop_at_eos=False)
-    # One that was made up from the model's configuration is made up again by the host when it is loaded.
+    # Transformers derives a generation config from the model's configuration again when it loads the model.
     own_model.generation_config = GenerationConfig(**vars(wanted))
     own_model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()

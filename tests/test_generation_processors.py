@@ -1,4 +1,4 @@
-"""The host's processors and stopping criteria in a whole decode."""
+"""Transformers' processors and stopping criteria in a whole decode."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What is drawn, and classifier-free guidance."""
+"""Sampling, and classifier-free guidance."""
 
 import pytest
 import torch
@@ -55,7 +55,7 @@ def test_a_temperature_near_zero_is_greedy(tiny, name, rule):
 @every_model
 @pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=1e-6), dict(min_p=1.0)], ids=str)
 def test_a_filter_that_leaves_one_token_is_greedy(tiny, name, options):
-    # Token by token: a filter changes the confidences, as it does in Dream, and with them the order.
+    # One token per step: a filter changes the confidences, as it does in Dream, and so the order.
     greedy = tiny(name).generate(torch.tensor([PROMPT]), **GREEDY | dict(block_length=1))
     assert sample(tiny(name), 3, block_length=1, **options).tolist() == greedy.tolist()
 
@@ -63,7 +63,9 @@ def test_a_filter_that_leaves_one_token_is_greedy(tiny, name, options):
 @every_model
 @pytest.mark.parametrize("rule", [dict(steps=8), dict(confidence_threshold=0.6), dict(entropy_bound=1.0)], ids=str)
 @pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=1e-6)], ids=str)
-@pytest.mark.xfail(reason="confidences are taken after top-k and top-p, as in Dream: one token left is sure")
+@pytest.mark.xfail(
+    reason="confidences are computed after top-k and top-p, as in Dream: a single remaining token is certain"
+)
 def test_a_filter_does_not_make_the_model_sure(tiny, name, rule, options):
     greedy = tiny(name).generate(torch.tensor([PROMPT]), **GREEDY, **rule)
     assert sample(tiny(name), 3, **rule, **options).tolist() == greedy.tolist()
@@ -71,7 +73,7 @@ def test_a_filter_does_not_make_the_model_sure(tiny, name, rule, options):
 
 @pytest.mark.parametrize("temperature", [0.1, 0.7, 5.0])
 def test_the_temperature_does_not_change_the_order(tiny, decode, monkeypatch, temperature):
-    # What is drawn is the same, so only the confidences could tell the order apart.
+    # The drawn tokens are the same, so only the confidences could change the order.
     monkeypatch.setattr(hf_flashdlm.unmasking, "gumbel", lambda like, generator=None: torch.zeros_like(like))
     options = dict(max_new_tokens=12, block_length=12, stop_at_eos=False, steps=12)
     greedy = decode(tiny("llada"), [PROMPT], **options)

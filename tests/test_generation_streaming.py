@@ -1,4 +1,4 @@
-"""What streamers are told."""
+"""What streamers get from a decode."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import TextDiffusionStreamer, TextStreamer
 
 
 class Recorder:
-    """A streamer that keeps what it is told."""
+    """A streamer that keeps all it gets."""
 
     def __init__(self):
         self.pieces, self.ended = [], False

@@ -1,8 +1,8 @@
 """Outputs of the original implementations on tiny models, reproduced by settings (see tests/goldens/README.md).
 
 Every case is compared in ids and in the query length of every forward, unless the original is wrong: the table of
-differences says where and how. Where an original has a habit that is not an option of ours, the test brings the part
-that has it.
+differences says where and how. If an original does something that is not an option here, the test brings a part that
+does it.
 """
 
 import json
@@ -52,7 +52,7 @@ class Run:
 
 @pytest.fixture
 def decode(load):
-    """Run a case with our options, parts among them."""
+    """Run a case with options of `generate`, parts among them."""
 
     def decode(case, **options):
         model, forwards = load(case["model"]), []
@@ -95,7 +95,7 @@ def rule_options(settings):
     return {"steps": settings["steps"]}
 
 
-# Confidences that are 1 in float32 tie there; `torch.topk` then takes any of them, we keep their order.
+# Confidences that are 1 in float32 are ties in the originals; `torch.topk` takes any of them, this package the first.
 TIES = ("llada-cfg-2", "model_dream-topp", "model_dream-topp-topk")
 
 
@@ -121,7 +121,7 @@ def test_we_differ_from_the_originals_in_ties_only(decode, case):
         theirs = {position for _, position, _ in commits}
         if ours != theirs:
             differing = torch.tensor(sorted(ours ^ theirs)) - min(masked)
-            assert confidence[differing].gt(1 - 1e-7).all(), "a choice differs that is not between equals"
+            assert confidence[differing].gt(1 - 1e-7).all(), "a choice differs that is not a tie"
             return
         masked -= ours
     raise AssertionError("the case holds no tie any more: compare it with the others")
@@ -136,7 +136,7 @@ def test_llada_official(decode, case):
 
 
 class FastDLLMFactor(ConfidenceFactor):
-    """The original's slip: if only the last candidate fails its bar, it is written as well."""
+    """The original's mistake: if only the last candidate fails its bar, it is written as well."""
 
     def count(self, confidence):
         count = super().count(confidence)
@@ -156,10 +156,10 @@ def test_fastdllm_llada(decode, case):
         synchronize_blocks=True,
     )
     assert run.output.sequences.tolist() == case["output_ids"]
-    # The first release runs one forward more for a block that its refresh has completed.
+    # The first release runs an extra forward for a block that its refresh has completed.
     needed = [forward for forward, commits in zip(case["forwards"], case["commits"], strict=True) if commits]
     expected = needed if case["source"].endswith("v0") else case["forwards"]
-    # Rows that are finished leave the batch.
+    # Here finished rows leave the batch.
     assert [length for _, length in run.forwards] == [length for _, length in expected]
 
 
@@ -231,7 +231,7 @@ def is_fastdllm_block(case):
 
 
 class FirstToken:
-    """Fast-dLLM's way around Dream's shift: the refresh of a block writes the block's first position only."""
+    """Fast-dLLM's handling of Dream's shift: the refresh of a block writes the block's first position only."""
 
     def __init__(self, rule):
         self.rule = rule
@@ -241,7 +241,7 @@ class FirstToken:
 
 
 class BlockTimesteps:
-    """Fast-dLLM's timesteps run over each block for itself; step 0 is the refresh."""
+    """Fast-dLLM's timesteps run over each block separately; step 0 is the refresh."""
 
     def __init__(self, steps, eps):
         self.steps, self.timesteps = steps, torch.linspace(1, eps, steps + 1)
@@ -271,7 +271,7 @@ def test_fastdllm_dream_blocks(decode, case):
 
 
 class BudgetedThreshold:
-    """Fast-dLLM's Dream without cache: a step may write its share of the tokens and what earlier steps left."""
+    """Fast-dLLM's Dream without cache: a step may write its share of the tokens and what earlier steps left over."""
 
     def __init__(self, settings):
         self.share, self.steps = settings["max_new_tokens"] // settings["steps"], settings["steps"]
@@ -374,7 +374,7 @@ def test_flash_dream_guided(decode, load, checked, case):
     options = guided_options(settings) | {"max_new_tokens": num_new, "stop_at_eos": True}
     run = decode(case, guider=guider, **options)
     ids = run.output.sequences[0].tolist()
-    # The original fills the canvas behind the end with end tokens; we cut it.
+    # The original fills the canvas after the end with end tokens; here it is cut.
     assert case["output_ids"][0] == ids + [settings["eos_token_id"]] * (len(case["output_ids"][0]) - len(ids))
     assert run.forwards == case["forwards"]
     checked(run.output, guider)
@@ -397,7 +397,7 @@ class GreedyOrder:
         return left[: self.schedule(row)[0]]
 
     def __call__(self, row):
-        """As a window policy: the positions of this step, of the last one, and masked neighbours of the former."""
+        """As a window policy: the positions of this step and of the last step, and masked neighbours of the former."""
         now, length = self.next_in_order(row), len(row.masked)
         scored = bytearray(position in now or position in row.written for position in range(length))
         for position in now:
@@ -417,7 +417,7 @@ class GreedyOrder:
         return found
 
     def rule(self, drafts, row):
-        """As an unmasking rule: what the window was made for."""
+        """As an unmasking rule: the positions that the window was made for."""
         return self.next_in_order(replace(row, step=row.step - 1))  # the schedule has already moved on
 
 
@@ -440,7 +440,7 @@ def adablock_options(settings):
     return dict(max_new_tokens=length, blocks=blocks, confidence_threshold=settings["threshold"])
 
 
-# Those of the original's list that the tiny vocabularies have.
+# The delimiters of the original that the tiny vocabularies have.
 DREAM_DELIMITERS = (198, 271, 280, 319, 340, 382, 401)
 
 
@@ -454,7 +454,7 @@ def test_adablock(decode, case):
 
 @parametrize("llada_loglikelihood")
 def test_llada_log_likelihood(load, case):
-    """The recorded draws, scored by our model: the estimate is theirs."""
+    """The recorded draws, scored by this package: the estimate is that of the original."""
     prompt_length, scale = len(case["prompt_ids"]), 1 + case["settings"]["cfg_scale"]
     answer = torch.tensor(case["answer_ids"])
     losses = []

@@ -12,7 +12,7 @@ from hf_flashdlm import ARGuider
 
 # --- acceptance ------------------------------------------------------------------------------------------------------
 
-# Log-probabilities of a vocabulary of five: token 0 is the best, 1 and 2 tie behind it, 4 is impossible.
+# Log-probabilities of a vocabulary of five: token 0 is the best, 1 and 2 tie for second place, 4 is impossible.
 HAND_SET = torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0]).log()[None, None]
 
 
@@ -22,7 +22,7 @@ HAND_SET = torch.tensor([0.5, 0.2, 0.2, 0.1, 0.0]).log()[None, None]
         (dict(accept="top1"), [0]),
         (dict(accept="top1", top_k=3), [0]),
         (dict(accept="topk", top_k=1), [0]),
-        (dict(accept="topk", top_k=2), [0, 1, 2]),  # equals share a rank
+        (dict(accept="topk", top_k=2), [0, 1, 2]),  # ties share a rank
         (dict(accept="topk", top_k=3), [0, 1, 2]),
         (dict(accept="topk", top_k=4), [0, 1, 2, 3]),
         (dict(accept="topk", top_k=5), [0, 1, 2, 3, 4]),
@@ -53,9 +53,9 @@ def test_a_tie_for_the_best_token_is_accepted_by_every_rule(guider):
         ([3], [3]),
         ([3, 4], [3, 4]),
         ([4, 6, 7], [3]),
-        ([3, 4, 6], [3, 4, 6]),  # 5 is known: it is nothing to judge, and breaks no prefix
+        ([3, 4, 6], [3, 4, 6]),  # 5 is known: it is not judged, and breaks no prefix
         ([3, 4, 7], [3, 4]),
-        ([3, 4, 6, 7, 8], [3, 4, 6, 7]),  # five drafts at most, of which position 8 would be the sixth place
+        ([3, 4, 6, 7, 8], [3, 4, 6, 7]),  # five drafts at most; position 8 would be the sixth
     ],
 )
 def test_the_longest_accepted_prefix_comes_back_with_its_drafts_as_only_scores(accepted, written):
@@ -185,7 +185,9 @@ def test_the_first_token_of_a_step_is_drawn_from_the_diffusion_model(tiny, decod
     prompt = PROMPTS[0]
     canvas = torch.tensor([prompt + [MASK] * 2])
     with torch.no_grad():
-        scores = model(canvas).logits[0, len(prompt) - 1 : -1]  # of this model a position is scored by the one before
+        scores = model(canvas).logits[
+            0, len(prompt) - 1 : -1
+        ]  # in this model a position is scored by the position before it
     scores[:, MASK] = -math.inf
     law = (scores / temperature).softmax(-1)
     sampling = dict(do_sample=True, top_k=0, temperature=temperature, generator=torch.Generator().manual_seed(0))
@@ -193,7 +195,7 @@ def test_the_first_token_of_a_step_is_drawn_from_the_diffusion_model(tiny, decod
     judge = decided(always if accepts else never)
     output = decode(model, [prompt] * num_rows, guider=judge, window_policy="none", **options)
     assert output.nfe.tolist() == [1 if accepts else 2] * num_rows
-    # Where both are written in one step they are independent.
+    # If both are written in the same step, they are independent.
     for index in range(2 if accepts else 1):
         drawn = output.sequences[:, len(prompt) + index].bincount(minlength=V) / num_rows
         deviation = (law[index] * (1 - law[index]) / num_rows).sqrt()
@@ -221,7 +223,7 @@ def test_a_draft_behind_the_first_keeps_its_law_on_condition_that_it_is_accepted
 
 def test_a_bare_model_is_a_guider_of_the_default_rule(tiny, decode, guider):
     bare, wrapped = (
-        decode(tiny("dream_trained"), PROMPTS, guider=one, **FILLED) for one in (tiny("guider"), guider())
+        decode(tiny("dream_trained"), PROMPTS, guider=judge, **FILLED) for judge in (tiny("guider"), guider())
     )
     assert bare.sequences.tolist() == wrapped.sequences.tolist()
     assert bare.drafts_accepted.tolist() == wrapped.drafts_accepted.tolist()

@@ -58,7 +58,7 @@ def test_after_any_history_the_cache_holds_the_committed_prefix(tiny, decode, se
     assert outputs[0].sequences.tolist() == outputs[1].sequences.tolist()
     assert outputs[0].accepted_lengths == outputs[1].accepted_lengths
     for cached, recomputed in zip(*logits, strict=True):
-        # The first position of a canvas is scored by nothing.
+        # Nothing scores the first position of a canvas.
         torch.testing.assert_close(cached, recomputed, atol=2e-4, rtol=1e-3)
 
 
@@ -74,7 +74,7 @@ def test_every_forward_reads_from_the_last_committed_token_on(tiny, decode, deci
         hook.remove()
     assert len(read) == int(output.guider_forwards[0]) > 4
     written = torch.tensor([max(length, 1) for length in output.accepted_lengths[0]]).cumsum(0)
-    # The forward before had seen the frontier then; one token more than is new is read, to score the first.
+    # The cache ends one token before the previous frontier: that token is read again, to score the first new token.
     frontiers = [8] + (8 + written).tolist()
     assert [cached for cached, _ in read] == [0] + [frontier - 1 for frontier in frontiers[: len(read) - 1]]
     assert all(cached + fed == 31 for cached, fed in read)
@@ -127,7 +127,7 @@ def test_the_counts_of_an_output_are_its_own(tiny, decode, guider):
 
 class OnDevice(torch.Tensor):
     """
-    A tensor that counts as being on a device, as does all that is computed from it, until a transfer; it notes each.
+    A tensor that counts as being on a device, like all that is computed from it, until a transfer, which it records.
     """
 
     transfers = []
@@ -137,8 +137,8 @@ class OnDevice(torch.Tensor):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         name = function.__name__
         by_mask = name == "__getitem__" and any(
-            torch.is_tensor(one) and one.dtype == torch.bool and isinstance(one, OnDevice)
-            for one in (args[1] if isinstance(args[1], tuple) else (args[1],))
+            torch.is_tensor(index) and index.dtype == torch.bool and isinstance(index, OnDevice)
+            for index in (args[1] if isinstance(args[1], tuple) else (args[1],))
         )
         result = super().__torch_function__(function, types, args, kwargs or {})
         if name in cls.WAITING or by_mask:
@@ -176,7 +176,7 @@ class Watched(ARGuider):
 )
 def test_a_step_fetches_nothing_from_the_device(tiny, decode, options):
     judge = Watched(tiny("guider"), num_drafts=4, **options)
-    # Without padding: for a padded batch the host's own mask waits once, at the first forward.
+    # Without padding: for a padded batch Transformers' own mask waits once, at the first forward.
     decode(tiny("dream_trained"), [PROMPTS[0], PROMPTS[0][::-1]], guider=judge, **FILLED | dict(max_new_tokens=40))
     assert len(judge.per_step) > 9
     verdict = {2 * Gate.TRIAL: ["tolist"]} if judge.gate else {}

@@ -35,7 +35,7 @@ def ask(gate, *num_masked, able=None):
     ("with_guider", "without", "ratio", "stays"),
     [
         (2, 1, 0.9, True),
-        (2, 1, 1.0, False),  # what it costs is what it brings
+        (2, 1, 1.0, False),  # cost and gain are equal
         (3, 2, 0.4, True),
         (3, 2, 0.6, False),
         (1, 1, 0.0, False),

@@ -1,4 +1,4 @@
-"""Reading by any autoregressive model: with a cache as without one, whatever is accepted and refused; or a refusal."""
+"""Reading by any autoregressive model: the same with and without a cache, for all decisions; or a clear refusal."""
 
 import re
 from types import SimpleNamespace
@@ -43,7 +43,7 @@ GEMMA3N = dict(
     activation_sparsity_pattern=[0.0] * 4,
     layer_types=["sliding_attention", "full_attention"] * 2,
 )
-# Windows that slide are narrower than the canvas and, but for one, than what a step reads.
+# Sliding windows are narrower than the canvas and, with one exception, than the tokens of a step.
 CAUSAL = {
     "qwen2": ("qwen2", SIZES),
     "qwen2, half of the layers with a window": (
@@ -72,7 +72,7 @@ def model(request):
 
 
 class Compared(ARGuider):
-    """Accepts at random, and compares what it reads with each row read alone and at once."""
+    """A guider that accepts at random, and compares its scores with those of each row read alone and in one piece."""
 
     def __init__(self, model, generator, **options):
         super().__init__(model, **options)
@@ -101,7 +101,7 @@ class Compared(ARGuider):
 
 
 def random_canvas(generator):
-    """Three rows of different prompts, one with a hole, and masks behind them, here and there a known token."""
+    """Three rows with different prompts, one of them with a hole, followed by masks and a few known tokens."""
     canvas = torch.randint(2, MASK, (3, LENGTH), generator=generator)
     prompts = torch.randint(1, 10, (3,), generator=generator)
     padding = torch.randint(0, 3, (3,), generator=generator)
@@ -114,7 +114,7 @@ def random_canvas(generator):
 
 
 def live_through(guider, generator):
-    """A history as the loop makes it: what is accepted is written, rows leave when they are finished, or before."""
+    """A history as in the loop: accepted drafts are written, rows leave when they are finished, or earlier."""
     canvas, mask = random_canvas(generator)
     guider.reset(SimpleNamespace(config=guider.model.config), mask, MASK)
     while len(canvas):

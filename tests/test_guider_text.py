@@ -1,4 +1,4 @@
-"""A guider that reads text: the way from the diffusion model's ids to its own and back."""
+"""A guider that reads text: from the ids of the diffusion model to its own ids and back."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def canvas_tokenizer():
 
 @pytest.fixture(scope="module")
 def byte_tokenizer():
-    """One token per byte, and ` 12` as one token: shorter and longer than the words of the canvas."""
+    """A tokenizer with a token per byte, and ` 12` as one token: shorter and longer than the words of the canvas."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<end>": 0} | {letter: index + 1 for index, letter in enumerate(alphabet)}
     vocabulary |= {"Ġ1": len(vocabulary), "Ġ12": len(vocabulary) + 1}
@@ -73,7 +73,7 @@ def pair():
 
 @pytest.fixture
 def text_guider(pair, canvas_tokenizer):
-    """The embedded guider, made to read text although its tokenizer is the model's."""
+    """The embedded guider, made to read text although it has the tokenizer of the diffusion model."""
     guider = ARGuider(pair[1], accept="top1", tokenizer=canvas_tokenizer, canvas_tokenizer=canvas_tokenizer)
     guider.reads_text = True
     return guider
@@ -110,7 +110,7 @@ def test_rows_of_a_batch_are_read_as_alone(pair, canvas_tokenizer, text_guider, 
 
 @pytest.fixture(scope="module")
 def byte_model(byte_tokenizer):
-    """A model of bytes, whose every second layer sees only the last few of them."""
+    """A model of bytes; every second layer sees only the last few bytes."""
     torch.manual_seed(0)
     config = AutoConfig.for_model(
         "gemma3_text",
@@ -136,7 +136,7 @@ def text_reader(model, alignment, num_rows=1, ends=(), kind=TextReader):
 
 
 class Compared(TextReader):
-    """Compares what it accepts with a reader that has read nothing before, row by row."""
+    """A guider that compares its decisions with those of a fresh reader, row by row."""
 
     def judge_rows(self, rows, first, accept):
         accepted = super().judge_rows(rows, first, accept)
@@ -157,7 +157,7 @@ def test_what_is_judged_with_a_cache_is_what_a_row_alone_is_without(canvas_token
         generator = torch.Generator().manual_seed(seed)
         reader = text_reader(byte_model, alignment, 3, kind=Compared)
         reader.verdicts = verdicts
-        # Drafts are drawn anew behind what is written, so that the text before them is split at other places.
+        # Drafts after the written tokens are drawn anew, so that the text before them is tokenized differently.
         written = [torch.randint(0, 512, (int(length),), generator=generator).tolist() for length in (1, 9, 4)]
         for _ in range(6):
             rows = [row + torch.randint(0, 512, (7,), generator=generator).tolist() for row in written]
@@ -174,7 +174,7 @@ def test_a_draft_that_the_guider_cannot_read_is_refused(canvas_tokenizer, byte_t
     alignment = Alignment(canvas_tokenizer, byte_tokenizer, set(), None)
     reader = text_reader(byte_model, alignment)
     row = canvas_tokenizer("Hana has 12").input_ids
-    special = len(row)  # an end token, which here has no counterpart
+    special = len(row)  # an end token, which has no counterpart in this guider
     accept_all = lambda logits, ids: torch.ones_like(ids, dtype=torch.bool)  # noqa: E731
     assert reader.judge_rows([[*row, 0, *row]], [special - 1], accept_all) == [
         {special - 1, *range(special + 1, 2 * special + 1)}
@@ -193,7 +193,7 @@ def test_a_draft_is_accepted_when_every_token_that_shares_its_text_is(canvas_tok
     assert accepted() == [{1, 2, 3}]
     assert accepted("s") == accepted("Ġ") == [{2, 3}]
     assert accepted("Ġ12") == [{1}]
-    assert accepted("H") == [{1, 2, 3}], "what is written is not judged"
+    assert accepted("H") == [{1, 2, 3}], "written tokens are not judged"
 
 
 def test_what_nothing_stands_before_is_refused(canvas_tokenizer, byte_tokenizer, byte_model):

@@ -1,4 +1,4 @@
-"""The house: which module may import which, and what the exported ones must not do."""
+"""The layout: which module may import which, and what exported modules must not do."""
 
 import ast
 import sys
@@ -35,7 +35,7 @@ LAYERS = (
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
-# The folders, which never ship: of which others each may import. All may import the library.
+# The folders, which never ship, and the folders that each may import. All may import the library.
 FOLDERS = {
     "bench": {"console", "tiny"},
     "cli": {"bench", "console", "hub", "tiny"},
@@ -47,7 +47,7 @@ REACHES_UP = {"__init__": {"console/display"}, "__main__": {"cli/main"}}
 
 
 def exported():
-    """What the host finds when it follows the relative imports of the three entries."""
+    """The files that Transformers finds when it follows the relative imports of the three entries."""
     files = {str(MODULES[name]) for name in ENTRIES}
     for name in ENTRIES:
         files.update(get_relative_import_files(MODULES[name]))
@@ -72,7 +72,7 @@ def imports(name):
             target = "/".join(filter(None, parts))
             inner = ["/".join(filter(None, (target, alias.name))) for alias in node.names]
             package = "/".join(filter(None, (target, "__init__")))
-            found.update([target] if target in MODULES else [one if one in MODULES else package for one in inner])
+            found.update([target] if target in MODULES else [path if path in MODULES else package for path in inner])
     return found
 
 
@@ -81,7 +81,7 @@ def folder(name):
 
 
 def packages(name):
-    """Everything else that it imports."""
+    """Everything else that the module `name` imports."""
     found = set()
     for node in nodes(name):
         if isinstance(node, ast.Import):
@@ -94,7 +94,7 @@ def packages(name):
 @pytest.mark.parametrize("name", LEVELS)
 def test_imports_point_down(name):
     known = imports(name) - REACHES_UP.get(name, set())
-    above = {one for one in known if LEVELS.get(one, len(LAYERS)) >= LEVELS[name]}
+    above = {module for module in known if LEVELS.get(module, len(LAYERS)) >= LEVELS[name]}
     assert not above, f"{name} imports {above}, which is above or beside it"
 
 
@@ -105,17 +105,17 @@ def test_a_file_beside_init_ships_and_a_file_in_a_folder_never_does():
 
 @pytest.mark.parametrize("name", LIBRARY)
 def test_the_library_knows_no_folder(name):
-    assert {one for one in imports(name) if folder(one)} == REACHES_UP.get(name, set())
+    assert {module for module in imports(name) if folder(module)} == REACHES_UP.get(name, set())
 
 
 @pytest.mark.parametrize("name", TOOLS)
 def test_arrows_between_folders(name):
-    assert {folder(one) for one in imports(name)} <= FOLDERS[folder(name)] | {folder(name), ""}
+    assert {folder(module) for module in imports(name)} <= FOLDERS[folder(name)] | {folder(name), ""}
 
 
 @pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"tiny"}))
 def test_a_folder_of_tools_has_an_init_of_one_docstring(name):
-    # A name in it would hide the module of that name, and an import would make a circle through `CanvasStreamer`.
+    # A name in it would hide the module of that name, and an import would cause a cycle through `CanvasStreamer`.
     statements = ast.parse(MODULES[f"{name}/__init__"].read_text(encoding="utf-8")).body
     assert len(statements) == 1
 
@@ -131,7 +131,7 @@ def test_a_module_names_the_package_by_dots_alone(name):
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_the_host_sees_the_imports_that_python_sees(name):
-    # The host reads lines, docstrings included, and knows no `from . import` and no folders.
+    # Transformers reads lines, docstrings included, and does not understand `from . import` or folders.
     assert set(get_relative_imports(MODULES[name])) == imports(name)
     assert all(node.level <= 1 for node in nodes(name) if isinstance(node, ast.ImportFrom))
 

@@ -11,10 +11,10 @@ def test_the_cost_model_counts_as_one_would_by_hand(tiny):
     model = tiny("llada_gqa")
     cost, config = CostModel(model), model.config
     forward = ForwardShape(rows=2, queries=3, keys=5, head_rows=1)
-    linear = [one for name, one in model.named_modules() if isinstance(one, torch.nn.Linear)]
+    linear = [layer for _, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)]
     head = config.embedding_size * config.d_model
     norms = (2 * config.n_layers + 1) * config.d_model
-    body = sum(one.weight.numel() for one in linear) - head + norms
+    body = sum(layer.weight.numel() for layer in linear) - head + norms
     attention = 4 * config.n_layers * config.d_model * 3 * 5
     assert cost.flops(forward) == 2 * (2 * (body * 3 + head * 1) + attention)
     head_dim = config.d_model // config.n_heads
@@ -35,7 +35,7 @@ def test_a_probe_sees_each_forward_and_is_gone_afterwards(tiny):
         )
     assert probe.forwards[0] == ForwardShape(rows=1, queries=8, keys=8, head_rows=2, cached=True)
     assert len(probe.forwards) == output.nfe == 4
-    assert sum(one.queries for one in probe.forwards) == output.active_tokens
+    assert sum(forward.queries for forward in probe.forwards) == output.active_tokens
     assert probe.seconds > 0
     assert not model._forward_hooks and not model._forward_pre_hooks
     assert "get_compiled_call" not in vars(model)

@@ -1,4 +1,4 @@
-"""LLaDA and Dream alike: the numbers of the original code, its keys and fields, padding, and caches."""
+"""LLaDA and Dream: the numbers of the original code, its keys and fields, padding, and caches."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def golden_tags(name):
 
 
 def golden(name, tag):
-    """The inputs of a golden forward, its logits, and which of their rows mean something."""
+    """The inputs of a golden forward, its logits, and which of their rows count."""
     with safe_open(GOLDENS / f"logits_{name}.safetensors", "pt") as file:
         keys = [key for key in file.keys() if key.startswith(f"{tag}.")]
         inputs = {key.removeprefix(f"{tag}."): file.get_tensor(key) for key in keys}

@@ -1,4 +1,4 @@
-"""LLaDA: what Transformers may ask of a model, and the fields and switches of its configuration."""
+"""LLaDA: what Transformers expects of a model, and the fields and switches of its configuration."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The options: every message, every default, and the way through a `GenerationConfig` file."""
+"""The options: every message, every default, and saving and loading in a `GenerationConfig` file."""
 
 import pytest
 from hypothesis import given

@@ -38,7 +38,7 @@ def written_by(decode, model, prompts=PROMPTS, **options):
     return output.sequences.tolist(), output.nfe.tolist(), output.active_tokens.tolist()
 
 
-# What is given as an object is the part that a name stands for
+# Each object is the part that the name stands for
 
 
 @pytest.mark.parametrize("model", ["llada", "dream_trained"])
@@ -91,7 +91,7 @@ def test_a_rule_sees_what_it_decides_about(tiny, decode):
     for drafts, frontier, stop in seen:
         assert drafts.candidates and drafts.candidates[0] == frontier and drafts.candidates[-1] < stop
         assert len(drafts.token_ids) == len(drafts.confidence) == len(drafts.positions)
-        assert all(isinstance(one, int) for one in drafts.token_ids)
+        assert all(isinstance(token_id, int) for token_id in drafts.token_ids)
         assert 0 <= drafts.confidence_of(frontier) <= 1
         ranked = [drafts.confidence_of(position) for position in drafts.ranked()]
         assert ranked == sorted(ranked, reverse=True)
@@ -122,7 +122,7 @@ def test_a_guide_needs_no_autoregressive_model(tiny, decode):
     guide = Forbid(token_id)
     output = decode(model, PROMPTS[:1], guider=guide, **FILLED)
     assert token_id not in output.sequences[0, 3:].tolist()
-    assert not hasattr(guide, "rows"), "the state of a call is the call's"
+    assert not hasattr(guide, "rows"), "the state of a call must not outlive the call"
 
 
 # Objects that do not fit
@@ -166,7 +166,7 @@ class OnlyStop:
         ),
         (
             {"unmasking_rule": OneArgument()},
-            "`unmasking_rule` must be called as `(drafts, row)`, which OneArgument does not take: see the protocol "
+            "`unmasking_rule` must be callable as `(drafts, row)`, which OneArgument is not: see the protocol "
             "`UnmaskingRule`.",
         ),
         (
@@ -175,7 +175,7 @@ class OnlyStop:
         ),
         (
             {"confidence": lambda scores: scores},
-            "`confidence` must be called as `(scores, token_ids, probability)`, which function does not take: see the "
+            "`confidence` must be callable as `(scores, token_ids, probability)`, which function is not: see the "
             "protocol `Confidence`.",
         ),
         (
@@ -244,8 +244,8 @@ WINDOW = (
         ),
         (
             {"schedule": lambda row: 1},
-            "`schedule` must return two integers, the tokens to write at least and the next step of the block, got 1 "
-            "from function.",
+            "`schedule` must return two integers, the minimum number of tokens to write and the next step of the "
+            "block, got 1 from function.",
         ),
         (
             {"steps": 16, "confidence": lambda scores, token_ids, probability: probability[0]},
@@ -253,11 +253,11 @@ WINDOW = (
         ),
         (
             {"blocks": Ends(3)},
-            "`blocks` must end the block that starts at 3 after it and at most at 19, got 3 from Ends.",
+            "`blocks` must end a block after its start 3 and at most at 19, got 3 from Ends.",
         ),
         (
             {"blocks": Ends(8, 2)},
-            "`blocks` must end the block that starts at 3 after it and at most at 8, got 2 from Ends.",
+            "`blocks` must end a block after its start 3 and at most at 8, got 2 from Ends.",
         ),
     ],
 )
@@ -344,7 +344,7 @@ def test_a_block_ends_at_the_most_confident_delimiter(start):
     policy = AdaptiveBlocks(4, frozenset([7, 8]), 0.5, 6)
     for confidence, stop in [
         ([0.6, 0.9, 0.7, 0.1, 0.1, 0.8, 0.9, 0.1], 3),  # of the positions 1 to 6, the second
-        ([0.6, 0.6, 0.6, 0.1, 0.1, 0.6, 0.9, 0.1], 2),  # among equals the first; the last is outside the window
+        ([0.6, 0.6, 0.6, 0.1, 0.1, 0.6, 0.9, 0.1], 2),  # ties go to the first; the last is outside the window
         ([0.4, 0.4, 0.4, 0.9, 0.9, 0.4, 0.9, 0.1], 5),  # below the bar: the default
     ]:
         (row,) = start("p________", prompt_length=1).rows

@@ -1,6 +1,6 @@
-"""Defects of other implementations (see the survey of peers), each shown not to be ours.
+"""Known defects of other implementations, d1 to d21: each test shows that this package does not have the defect.
 
-D2 (does not load on transformers v5) is the whole of the suite; those not listed concern parts that we do not have.
+The whole suite tests d2 (does not load on Transformers 5). Missing numbers concern parts that do not exist here.
 """
 
 import pytest
@@ -18,7 +18,7 @@ PROMPTS = [[5, 70, 200, 41, 333, 62], [77, 130]]
 @pytest.mark.parametrize("name", ["llada", "dream"])
 def test_d1_the_attention_mask_is_not_ignored(tiny, left_padded, name):
     ids, mask = left_padded(PROMPTS)
-    masked, ignored = (tiny(name)(ids, attention_mask=one).logits[1] for one in (mask, None))
+    masked, ignored = (tiny(name)(ids, attention_mask=given).logits[1] for given in (mask, None))
     alone = tiny(name)(torch.tensor(PROMPTS[1:])).logits[0]
     torch.testing.assert_close(masked[4:], alone, atol=1e-4, rtol=1e-4)
     assert (ignored[4:] - alone).abs().max() > 0.1
@@ -51,7 +51,9 @@ def test_d6_a_low_temperature_ties_no_confidences(tiny, temperature):
     _, plain = Drafter(MASK)(scores)
     _, warm = Drafter(MASK, temperature=temperature, generator=torch.Generator().manual_seed(0))(scores / temperature)
     assert len(plain.unique()) == len(warm.unique()) == 63
-    assert ((scores / temperature).softmax(-1).amax(-1).bfloat16().unique()).numel() < 40, "no tie was to be avoided"
+    assert ((scores / temperature).softmax(-1).amax(-1).bfloat16().unique()).numel() < 40, (
+        "the case has no tie to avoid"
+    )
 
 
 @pytest.mark.parametrize("policy", ["prefix", "dual"])
@@ -69,7 +71,7 @@ def test_d9_finished_rows_leave_the_cache_too(tiny, decode, policy):
     output = decode(tiny("dream_trained"), [list(range(20, 28)), *PROMPTS], eos_token_id=list(range(120)), **options)
     sizes = [forward["cache"].layers[0].keys.shape[0] for forward in output.forwards]
     assert len(set(output.nfe.tolist())) > 1
-    assert set(sizes) == {0}, "all forwards share one cache, and no row is left at the end"
+    assert set(sizes) == {0}, "all forwards share a cache, and no row is left at the end"
 
 
 def test_d10_guidance_needs_no_mask_and_lengths_need_not_divide(tiny, decode):

@@ -10,7 +10,7 @@ from hf_flashdlm.schedule import MinimumSchedule, TimestepSchedule, UniformSched
 
 @pytest.fixture(scope="session")
 def at(start):
-    """`at(masked, block_masked, step, block=0)`: one row with so many masks, so many of them in its block at entry."""
+    """`at(masked, block_masked, step, block=0)`: a row with `masked` masks; its block began with `block_masked`."""
 
     def at(masked, block_masked, step, block=0):
         state = start("p" + "_" * masked, block_masked=[block_masked], step=[step], block_index=[block])
@@ -21,7 +21,7 @@ def at(start):
 
 @pytest.fixture(scope="session")
 def counts(at):
-    """The counts of a schedule that is run over blocks of so many masks each, one list per block."""
+    """The counts of a schedule over blocks with these numbers of masks, a list per block."""
 
     def counts(schedule, blocks):
         masked, written = sum(blocks), []
@@ -67,7 +67,7 @@ def test_without_a_schedule_one_token_is_the_least(at):
         (8, 3, [3, 3, 2]),  # early steps take the remainder
         (5, 4, [2, 1, 1, 1]),
         (3, 1, [3]),
-        (2, 5, [1, 1]),  # a step writes one at the least, so that steps are left over
+        (2, 5, [1, 1]),  # a step writes at least one token, so that steps are left over
     ],
 )
 def test_a_block_is_divided_over_its_steps(counts, length, steps, expected):
@@ -126,7 +126,7 @@ def test_timesteps_equal_the_original_loop(counts, length, steps, eps, run_empty
     written = counts(TimestepSchedule((steps,), eps, run_empty_steps), [length])[0]
     expected = dream_counts(length, steps, eps, run_empty_steps)
     while expected and not expected[-1]:
-        expected.pop()  # nothing is left: the loop here has ended
+        expected.pop()  # nothing is left: the loop of this package has ended
     assert written == expected and sum(written) == length
 
 
@@ -140,6 +140,6 @@ def test_the_last_step_of_every_block_writes_what_is_left(counts, blocks, more, 
 
 
 def test_the_share_of_a_block_is_that_of_all_masks(at):
-    """Of 16 masks in two blocks of 8, half are due at a step in the middle of the times: all of the block."""
+    """Of 16 masks in two blocks of 8, half are due at a step in the middle of the timesteps: the whole block."""
     assert TimestepSchedule((1, 1))(at(16, 8, step=0))[0] == 8
     assert TimestepSchedule((2, 2))(at(16, 8, step=0))[0] == 3, "int(16 * 0.24975)"

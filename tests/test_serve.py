@@ -1,4 +1,4 @@
-"""The host's own server and chat on an exported folder, over loopback."""
+"""Transformers' own server and chat on an exported folder, over loopback."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from hf_flashdlm.hub.export import export_model
 from hf_flashdlm.tiny import FOLDER as TINY
 
 
-# What `pip install "transformers[serving]"` adds, and the host's command line, which may lack something even so.
+# What `pip install "transformers[serving]"` adds, and the command of Transformers, which may fail even so.
 for name in ("fastapi", "openai", "uvicorn", "transformers.cli.transformers"):
     pytest.importorskip(name)
 
@@ -45,7 +45,7 @@ def is_healthy(url):
 
 @contextmanager
 def serve(folder, apart):
-    """Where `transformers serve` serves `folder`; its log and its modules are kept in `apart`."""
+    """The address at which `transformers serve` serves `folder`; its log and its modules are kept in `apart`."""
     port = free_port()
     command = [*HOST, "serve", str(folder), "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(apart / "modules")}

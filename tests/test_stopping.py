@@ -14,7 +14,7 @@ PROMPT = 1
 
 @pytest.fixture
 def decode(start):
-    """`decode("p____")` starts one; its `write("pa_b_", nfe=1)` is the answer when the canvas has become the texts."""
+    """`decode("p____")` starts a decode; its `write("pa_b_", nfe=1)` says which rows are finished with this canvas."""
 
     class Decode:
         def __init__(self, *texts, ends=(END, OTHER_END), criteria=(), skip=0, prompt=PROMPT):
@@ -88,7 +88,7 @@ def test_counts_are_of_each_row_until_it_was_finished(decode):
     run.write("pabcd", nfe=2)
     output = run.output("cpu")
     assert output.nfe.tolist() == [1, 2] and output.active_tokens.tolist() == [10, 20]
-    assert output.tokens_per_forward.tolist() == [2, 2], "tokens up to and with the end, and no prompt"
+    assert output.tokens_per_forward.tolist() == [2, 2], "tokens up to and including the end, without the prompt"
     assert output.guider_forwards is None and output.accepted_lengths is None
 
 
@@ -103,7 +103,7 @@ def test_what_a_guider_counts_is_passed_on(decode):
     run.write("pa")
     output = run.output("cpu", drafts_judged=torch.tensor([3]), guider_time_share=0.5)
     assert output.drafts_judged.tolist() == [3] and output.guider_time_share == 0.5
-    assert "guider_forwards" not in output, "what nobody counted must not be there"
+    assert "guider_forwards" not in output, "counts that nobody made must be absent"
 
 
 def test_stopping_criteria_are_asked_about_every_prefix_that_became_clean_once(decode):

@@ -6,7 +6,7 @@ from hf_flashdlm.streaming import Stream
 
 
 class Streamer:
-    """Keeps what it is told."""
+    """A streamer that keeps all it gets."""
 
     def __init__(self):
         self.told = []
@@ -28,7 +28,7 @@ class CanvasStreamer(DraftStreamer):
 
 
 def shown(streamer, *steps):
-    """What the streamer is told of steps `(canvas, final)` behind a prompt of two tokens; 9 is the mask token."""
+    """What a streamer gets for steps `(canvas, final)` after a prompt of two tokens; 9 is the mask token."""
     stream = Stream(streamer, prompt_length=2)
     for canvas, final in steps:
         stream.show([SimpleNamespace(tokens=canvas)], [final])

@@ -54,7 +54,7 @@ def test_among_equals_the_first_token_is_drafted():
 @pytest.mark.parametrize(
     ("scores", "probability"),
     [
-        ([-inf, -inf, -inf, 0.0], -inf),  # refused: the mask token alone is left
+        ([-inf, -inf, -inf, 0.0], -inf),  # refused: only the mask token is left
         ([-inf, -inf, -inf, -inf], -inf),  # nothing is left
         ([-inf, 2.0, -inf, -inf], 1),
         ([-inf, 0.0, -inf, 0.0], 0.5),
@@ -128,7 +128,7 @@ def test_the_confidence_is_that_of_temperature_one(confidence, expected, tempera
     scores = scores_of([0.5, 0.25, 0.25, 0.0]) / (temperature or 1)
     drafter = Drafter(MASK, confidence, temperature=temperature, generator=seeded(1))
     token_ids, measured = drafter(scores)
-    assert token_ids.item() == 0, "the seed must draw the likeliest token for the numbers to hold"
+    assert token_ids.item() == 0, "the seed must draw the most likely tokens for these numbers"
     assert measured.item() == pytest.approx(expected)
 
 
@@ -166,9 +166,9 @@ def test_noise_on_the_positions_grows_with_its_temperature():
     [
         (ConfidenceThreshold(0.9), [0.95, 0.9, 0.89], 2),
         (ConfidenceThreshold(0.9), [0.5, 0.4, 0.3], 0),
-        (ConfidenceFactor(1.0), [0.1, 0.1], 1),  # one is always written
+        (ConfidenceFactor(1.0), [0.1, 0.1], 1),  # one token is always written
         (ConfidenceFactor(1.0), [0.1, 0.75, 0.74], 2),  # 3 x 0.25 <= 1, 4 x 0.26 > 1
-        (ConfidenceFactor(1.0), [0.9, 0.6, 0.9], 1),  # 3 x 0.4 > 1: what is behind does not count
+        (ConfidenceFactor(1.0), [0.9, 0.6, 0.9], 1),  # 3 x 0.4 > 1: later candidates do not count
         (ConfidenceFactor(1.0), [0.9, 0.9, 0.9, 0.9], 4),
         (FrechetProfile(0.5), [0.9, 0.9, 0.9], 3),  # 0.8, 0.7, 0.6
         (FrechetProfile(0.65), [0.9, 0.9, 0.9], 2),
@@ -218,7 +218,7 @@ def entropy_count(confidence, bound):
 )
 @given(st.lists(st.integers(0, 64), min_size=1, max_size=6), st.integers(0, 64))
 def test_a_rule_equals_its_definition(rule, count, sign, numbers, bound):
-    """In sixty-fourths, which are exact."""
+    """Compare in sixty-fourths, which are exact."""
     confidence = sorted((sign * number / 64 for number in numbers), reverse=True)
     assert rule(bound / 64).count(confidence) == count(confidence, bound / 64)
 
@@ -227,7 +227,7 @@ def test_a_rule_equals_its_definition(rule, count, sign, numbers, bound):
 
 
 def select(confidence, candidate, quota, rule=MostConfident()):  # noqa: B008
-    """The places that a rule chooses."""
+    """The positions that a rule chooses."""
     candidates = [place for place, may in enumerate(candidate) if may and confidence[place] > -inf]
     drafts = Drafts(range(len(confidence)), [0] * len(confidence), confidence, candidates, quota)
     return sorted(rule(drafts, row=None))
@@ -277,4 +277,4 @@ def test_no_better_candidate_is_left_out(positions, quota, rule):
     at_least = min(quota, len(able))
     assert len(chosen) == at_least if type(rule) is MostConfident else len(chosen) >= at_least
     left_out = set(able) - set(chosen)
-    assert all((confidence[one], -one) > (confidence[other], -other) for one in chosen for other in left_out)
+    assert all((confidence[best], -best) > (confidence[other], -other) for best in chosen for other in left_out)

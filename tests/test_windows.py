@@ -1,4 +1,4 @@
-"""Window policies: the table of what a step recomputes, row by row, and what holds for all of them."""
+"""Window policies: the table of what a step recomputes, row by row, and the laws of all policies."""
 
 import copy
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ FREECACHE = FreeCacheWindow(BLOCK)
 @pytest.fixture(scope="session")
 def at(start):
     """
-    `at(7, 5, nfe=2)` is a row whose frontier is 7 now and was 5 as the last forward saw it; the block is that of the
+    `at(7, 5, nfe=2)` is a row whose frontier is 7 now and was 5 in the last forward. Its block is that of the
     frontier, and it has just been entered unless `block_nfe` says otherwise.
     """
 
@@ -43,7 +43,7 @@ def numbers(window):
 
 @pytest.mark.parametrize(
     ("policy", "first", "entering", "others"),
-    # Each is (lo, hi, attended, frozen): at the very first step, on entering the second block, within it.
+    # Each window is (lo, hi, attended, frozen): at the first step, on entering the second block, within it.
     [
         (FullWindow(), (0, 10, 10, 0), (0, 10, 10, 0), (0, 10, 10, 0)),
         (FullWindow(growing=True), (0, 7, 7, 0), (0, 10, 10, 0), (0, 10, 10, 0)),
@@ -76,7 +76,7 @@ def test_the_dual_cache_recomputes_the_block_alone(at):
         (1, (8, 7), 7),
         (2, (8, 7, 6), 4),
         (2, (9, 8, 7), 7),
-        (2, (5, 4, 0), 0),  # one forward alone has seen the prompt
+        (2, (5, 4, 0), 0),  # a single forward has seen the prompt
     ],
 )
 def test_finished_text_is_frozen_as_many_forwards_late_as_the_lag_says(at, lag, frontiers, frozen):
@@ -115,7 +115,7 @@ def test_a_row_that_waits_at_the_end_of_a_growing_canvas_is_fed_a_position(at):
 
 def test_a_block_that_a_growing_canvas_has_just_reached_is_computed_before_it_is_attended(at):
     policy = replace(FREECACHE, growing=True, right_window=1, attend_stale=True)
-    assert numbers(policy(at(7, 7, block_nfe=0))) == (7, 10, 10, 7), "its states are not stale: there are none"
+    assert numbers(policy(at(7, 7, block_nfe=0))) == (7, 10, 10, 7), "its states cannot be stale: there are none"
     assert numbers(policy(at(7, 7, block_nfe=1))) == (7, 8, 10, 7)
     assert numbers(replace(policy, attend_stale=False)(at(7, 7, block_nfe=0))) == (7, 8, 8, 7)
 
@@ -157,12 +157,12 @@ def test_dkv_recomputes_masks_themselves_after_the_first_forward(at, nfe, expect
     assert DKVWindow(8)(at(5, nfe=nfe, block_nfe=1)).include_scored is expected
 
 
-# What holds for all of them
+# Laws of all policies
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """A policy that keeps the rows as it is shown them, and the windows it answers with."""
+    """A policy that keeps the rows that it gets, and the windows that it returns."""
 
     policy: object
     seen: list = field(default_factory=list)
@@ -204,10 +204,10 @@ def draft_letters(scores):
 
 
 class Some(MostConfident):
-    """A rule that writes a few."""
+    """A rule that writes a few tokens."""
 
     def count(self, confidence):
-        return sum(one > 0.9 for one in confidence)
+        return sum(value > 0.9 for value in confidence)
 
 
 def filled(state):
@@ -216,7 +216,7 @@ def filled(state):
 
 @pytest.fixture(scope="session")
 def run(start):
-    """The rows and their windows in a decode of noise with a policy, in which one row is ahead of the other."""
+    """The rows and their windows in a decode of noise with a policy; one row is ahead of the other."""
 
     def run(policy, blocks, seed):
         recorder = Recorder(policy)
@@ -240,7 +240,7 @@ freecaches = st.builds(
     refresh_entropy=st.none() | st.just(1.09),
 )
 policies = (
-    freecaches  # twice, for it has the most settings
+    freecaches  # twice, because it has the most settings
     | freecaches
     | st.builds(FullWindow, growing=st.booleans())
     | st.builds(BlockWindow, dual=st.booleans())
@@ -282,7 +282,9 @@ def test_no_state_is_attended_before_it_has_been_computed(run, policy, blocks, s
     computed = [set(), set()]
     for row, window in run(policy, blocks, seed):
         fed = range(window.lo, window.hi)
-        computed[row.index].update(fed if window.scored is None else [one for one in fed if window.scored[one]])
+        computed[row.index].update(
+            fed if window.scored is None else [position for position in fed if window.scored[position]]
+        )
         assert computed[row.index] >= set(range(window.attended))
 
 

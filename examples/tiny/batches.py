@@ -17,7 +17,7 @@ from problems import answer_text, problems, prompt_text
 
 
 TAIL_WEIGHT = 0.1  # of the end-of-text tokens after the first one of a row
-DIGIT_CUTS = 6.0  # a cut falls in front of a digit this many times as often as in front of another token
+DIGIT_CUTS = 6.0  # a cut falls before a digit this many times as often as before another token
 PREFIX_DECAY = 0.5  # loss weight of a masked token against the masked token before it, in prefix rows
 SHARES = (0.4, 0.3, 0.3)  # of scattered, prefix and block rows in a batch
 BLOCK_LENGTHS = (4, 8, 16, 32, 64)
@@ -27,8 +27,8 @@ LONG_SHARE = 0.03
 
 @dataclass(frozen=True)
 class Batch:
-    """`input_ids`, `target_ids` and `weights` of shape (B, T); `weights[:, i]` is of the loss of `target_ids[:, i]`,
-    which the logits at `i - 1` predict."""
+    """`input_ids`, `target_ids` and `weights` of shape (B, T); `weights[:, i]` is the weight of the loss of
+    `target_ids[:, i]`, which the logits at `i - 1` predict."""
 
     input_ids: Tensor
     target_ids: Tensor
@@ -65,7 +65,7 @@ def causal_batches(rows: Rows, size: int, length: int = 88) -> Iterator[Batch]:
 
 
 def diffusion_batches(rows: Rows, tokens: int, seed: int) -> Iterator[Batch]:
-    """Masked batches of about `tokens` positions each, T drawn anew for every batch so that no canvas is special."""
+    """Masked batches of about `tokens` positions each, T drawn anew for every batch so that no length is special."""
     generator = torch.Generator().manual_seed(seed)
     digits = {i for token, i in rows.tokenizer.get_vocab().items() if token[-1].isdigit() and i >= 2}
     is_digit = torch.tensor([i in digits for i in range(max(digits) + 1)])
@@ -86,9 +86,9 @@ def mask_rows(
 
     - Scattered rows are LLaDA's objective in the form of equation 6 of https://arxiv.org/abs/2502.09992: l of the L
       canvas positions masked, l uniform in 1 ... L, weight 1/l.
-    - Prefix rows hide all from a cut on (or a random part of it); the nearest masked token weighs most.
-    - Block rows are what decoding in blocks meets: the blocks before are clear, the ones after hidden, and l of the
-      block's own positions are masked, each with weight 1/l.
+    - Prefix rows hide all positions from a cut on (or a random part of them); the nearest masked token weighs most.
+    - Block rows are what decoding in blocks meets: the blocks before are clear, the blocks after hidden, and l of the
+      positions of the block are masked, each with weight 1/l.
     """
     size, length = is_digit.shape
     position = torch.arange(length).expand(size, length)
@@ -118,7 +118,7 @@ def mask_rows(
 
 
 def draw_cuts(is_digit: Tensor, prompt_lengths: Tensor, answer_lengths: Tensor, generator: torch.Generator) -> Tensor:
-    """One position (B,) inside each answer, `DIGIT_CUTS` times as often a digit's as another token's."""
+    """A position (B,) inside each answer; a digit is drawn `DIGIT_CUTS` times as often as another token."""
     position = torch.arange(is_digit.shape[1])
     in_answer = (position >= prompt_lengths[:, None]) & (position < (prompt_lengths + answer_lengths)[:, None])
     chance = in_answer * torch.where(is_digit, DIGIT_CUTS, 1.0)

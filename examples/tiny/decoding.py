@@ -16,7 +16,7 @@ from problems import Problem, final_number, prompt_text
 
 
 def aligned_logits(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
-    """Logits (B, T, V) where those at `i` score the token at `i`: the model's own at `i` score the one at `i + 1`."""
+    """Logits (B, T, V) at `i` that score the token at `i`; the logits of the model score the token at `i + 1`."""
     logits = model(input_ids=input_ids, use_cache=False).logits.float()
     return torch.cat([logits[:, :1], logits[:, :-1]], dim=1)
 
@@ -32,11 +32,11 @@ def decode(
     threshold: float | None = None,
     guider: PreTrainedModel | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Fills a canvas behind each of `prompt_ids` (B, P), block after block, every row at its own pace.
+    """Fills a canvas after each of `prompt_ids` (B, P), block after block, every row at its own pace.
 
     A step of a row unmasks the most confident token of its block; with `threshold`, every token at least that
     confident too; with `guider`, instead the longest run of drafted tokens that the guider ranks first, at least one.
-    A row ends when no mask is left in front of its first end-of-text token.
+    A row ends when no mask is left before its first end-of-text token.
 
     Returns the canvas (B, C) and the number of forwards of each row (B,).
     """
@@ -74,7 +74,7 @@ def guided_run(guider: PreTrainedModel, filled_ids: Tensor, candidates: Tensor) 
 
 
 def end_rows(canvas: Tensor, mask_id: int, eos_id: int) -> Tensor:
-    """Fills a row of `canvas` (B, C) with end-of-text once no mask stands in front of its first end-of-text token."""
+    """Fills a row of `canvas` (B, C) with end-of-text once no mask is left before its first end-of-text token."""
     ended = ((canvas == eos_id) & ((canvas == mask_id).cumsum(dim=1) == 0)).int().cumsum(dim=1) > 0
     return canvas.masked_fill(ended, eos_id)
 
@@ -99,7 +99,7 @@ def continue_greedily(
 def exact_match(
     decoder, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, exam: list[Problem], **options
 ) -> tuple[int, int]:
-    """How many problems of `exam` end in the right number under `decoder`, and the forwards all rows needed together.
+    """How many problems of `exam` end in the right number under `decoder`, and the forwards of all rows together.
 
     Problems are batched by prompt length, so that no row is padded.
     """

@@ -1,8 +1,8 @@
 """The three networks of the embedded model pair: how they are built, grown, rounded and written to disk.
 
 Owns the sizes and the checkpoint formats. Dream is Qwen2 with bidirectional attention and logits shifted by one, so
-the host's Qwen2 is what is trained. The guider is a Llama: for a Qwen2 checkpoint the host's `AutoTokenizer` always
-builds Qwen's own tokenizer, whatever the files beside it say.
+the Qwen2 of Transformers is trained. The guider is a Llama: for a Qwen2 checkpoint `AutoTokenizer` always builds
+Qwen's own tokenizer, whatever the files in the folder say.
 """
 
 import json
@@ -152,6 +152,6 @@ def export_guider(guider: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, 
 
 
 def make_readable(folder: Path) -> None:
-    """Opens the files of `folder` to all readers; safetensors writes them for their owner alone."""
+    """Makes the files of `folder` readable by everyone; safetensors writes files that only their owner can read."""
     for file in folder.iterdir():
         file.chmod(0o644)

@@ -21,8 +21,8 @@ LOG_STEPS = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """One stage of training: its length in `steps` (ended early, learning rate and all, after `minutes`), the peak
-    learning rates of Muon (matrices) and AdamW (the rest), and the share of the stage before the linear decay."""
+    """One stage of training: its length in `steps` (or `minutes`, if they pass first: the learning rate follows), the
+    peak learning rates of Muon (matrices) and AdamW (the rest), and the share of the stage before the linear decay."""
 
     stage: str
     steps: int

@@ -248,7 +248,7 @@ def answer_text(answer: str) -> str:
 
 
 def final_number(text: str) -> int | None:
-    """The number after the last `####` of a written answer, None where there is none."""
+    """The number after the last `####` of a written answer, None if there is none."""
     tail = text.rpartition("####")[2] if "####" in text else ""
     return int(tail) if tail.strip().isascii() and tail.strip().isdigit() else None
 

@@ -1,4 +1,4 @@
-"""The tokenizer of the embedded model pair: one token a word of the problems, one a digit, bytes for all other text.
+"""The tokenizer of the embedded model pair: a token per word of the problems and per digit, bytes for other text.
 
 Owns the 512 ids: end of text, mask, the 256 bytes, then the words. Lossless on any text.
 """

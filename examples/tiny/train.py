@@ -1,11 +1,11 @@
 """Trains the embedded model pair on word problems, evaluates it and writes it to `hf_flashdlm/tiny/`.
 
-    python examples/tiny/train.py            # about 35 minutes of two free CPU cores
+    python examples/tiny/train.py            # about 35 minutes on two free CPU cores
     python examples/tiny/train.py --smoke    # the same path in under a minute; the models learn nothing
 
 1. `ar`: a small autoregressive model learns the problems.
-2. `guider`: a smaller one is stopped early, so that it is a fallible guide.
-3. `dlm`: the first is grown to three times its depth and learns masked diffusion.
+2. `guider`: a smaller model is stopped early, so that it is a fallible guide.
+3. `dlm`: the first model is grown to three times its depth and learns masked diffusion.
 4. `evaluate`: the rounded weights decode held-out problems with the plain decoder of `decoding.py`.
 
 Two single-threaded ranks average their gradients; on a CPU this is faster than one process with two threads.
@@ -95,7 +95,10 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--ar-steps", type=int, default=900)
     parser.add_argument("--guider-steps", type=int, default=330)
     parser.add_argument(
-        "--guider-size", choices=GUIDER_SIZES, default=EMBEDDED_GUIDER, help="others: beside this file"
+        "--guider-size",
+        choices=GUIDER_SIZES,
+        default=EMBEDDED_GUIDER,
+        help="other sizes are written to examples/tiny/guiders",
     )
     parser.add_argument("--dlm-steps", type=int, default=2070)
     parser.add_argument("--dlm-minutes", type=float, default=1e9, help="end the diffusion stage after this long")
@@ -105,7 +108,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--exam-size", type=int, default=500, help="problems of the last exam")
     parser.add_argument("--compile", action="store_true", help="compile the diffusion stage (2 minutes, then 1.3x)")
     parser.add_argument(
-        "--smoke", action="store_true", help="tiny settings, to see that all runs; the repository is left alone"
+        "--smoke",
+        action="store_true",
+        help="tiny settings, to see that all runs; the repository is not changed",
     )
     options = parser.parse_args()
     options.work = options.work or Path(tempfile.mkdtemp(prefix="flashdlm_tiny_"))
@@ -190,7 +195,7 @@ def train_dlm(run: Run) -> None:
 
 
 def check_bidirectional(network: Qwen2ForCausalLM) -> None:
-    """Asserts that the last token reaches position 0, which the host's attention does not allow by itself."""
+    """Asserts that the last token reaches position 0, which Transformers' attention does not allow by default."""
     ids = torch.arange(8).unsqueeze(0)
     other_ids = torch.cat([ids[:, :-1], ids[:, -1:] + 1], dim=1)
     with torch.no_grad():
@@ -231,7 +236,7 @@ def record_exam(
 
 
 def write_results(run: Run, scores: dict[str, dict[str, float]], parameters: dict[str, int]) -> None:
-    """Writes the held-out problems beside the weights, and the log and the results beside this script."""
+    """Writes the held-out problems and the results next to the weights, and the log next to this script."""
     records = [json.loads(line) for line in (run.options.work / "log.jsonl").read_text().splitlines()]
     cpu_minutes = {}
     for record in records:

@@ -1,8 +1,8 @@
 """`flashdlm bench --ablate`: what each part contributes, on the embedded pair.
 
-Measures the rows of `ablation_table`, goes on where its file ends, and says which of them come within a point of the
-best plain order. Decoding is greedy, so that the counts and the accuracy of a row are the same in every run. Only the
-rows of the group "sampling" draw: theirs are those of all seeds together, and the interval is over all runs.
+Measures the rows of `ablation_table`, continues where its file ends, and says which rows come within one percentage
+point of the best plain order. Decoding is greedy, so that the counts and the accuracy of a row are the same in every
+run. Only the rows of the group "sampling" draw tokens: their figures and intervals are over the runs of all seeds.
 """
 
 import argparse
@@ -25,18 +25,18 @@ from .run import Run, run
 from .workload import Workload, problem_workload
 
 
-APART = ("sampling", "guider alone")  # decided by chance, and without the diffusion model
+APART = ("sampling", "guider alone")  # the first depends on chance, the second leaves out the diffusion model
 
 
 def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, note: Callable[[str], None]) -> dict:
     r"""
-    Measure the table, but for the rows that the file `--json` already holds.
+    Measure the table, except for the rows that the file `--json` already holds.
 
     Args:
-        args (`argparse.Namespace`): Of the command line.
+        args (`argparse.Namespace`): Arguments of the command line.
         device (`torch.device`): Where to decode.
-        record (`dict`): What is known before; the file holds it, too.
-        note (`Callable`): Is told what is being measured.
+        record (`dict`): The part of the record that is known before; the file holds it, too.
+        note (`Callable`): Called with a line that says what is being measured.
 
     Returns:
         `dict`: The rest of the record: what all rows share, the models, the rows, those that the file held for other
@@ -48,7 +48,7 @@ def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, n
     rest = {"shared": shared, "models": described, "rows": []}
     line_break = models.checkpoint.tokenizer.encode("\n", add_special_tokens=False)
     table = settings(shared["new_tokens"], shared["block_length"], list(models.guiders), line_break)
-    table = [one for one in table if not one.is_alone or can_decode(models, one.recipe.guider)]
+    table = [row for row in table if not row.is_alone or can_decode(models, row.recipe.guider)]
     run(models, table[0].recipe, workload.start())  # warm-up
     for index, setting in enumerate(table, 1):
         recipe = setting.recipe
@@ -61,14 +61,14 @@ def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, n
             known[key] |= {"key": key, "commit": record["commit"]}
         rest["rows"].append(known[key] | setting.entry())
         written = {row["key"] for row in rest["rows"]}
-        rest["earlier"] = [row for one, row in known.items() if one not in written]
+        rest["earlier"] = [row for name, row in known.items() if name not in written]
         if args.json not in (None, "-"):
             write_json(Path(args.json), record | rest)
     return rest | {"verdict": verdict(rest["rows"])}
 
 
 def load(args: argparse.Namespace, device: torch.device, machine: dict) -> tuple[Models, Workload, dict]:
-    """The models, the problems, and what all rows share that decides on their outcome."""
+    """The models, the problems, and the shared settings that decide the outcome of all rows."""
     dtype, problems, new_tokens = args.dtype or "float32", args.problems or 500, args.new_tokens or 64
     batch_size = (args.batch_size or [25])[0]
     checkpoint = Checkpoint.load(str(FOLDER / "dlm"), str(device), dtype)
@@ -89,7 +89,7 @@ def load(args: argparse.Namespace, device: torch.device, machine: dict) -> tuple
 
 
 def can_decode(models: Models, guider: str) -> bool:
-    """Whether a guider can decode by itself: not where it would have to be given the prompts as text."""
+    """Whether a guider can decode by itself, which a guider that reads text cannot: prompts are token ids."""
     both = {"tokenizer": models.tokenizers[guider], "canvas_tokenizer": models.checkpoint.tokenizer}
     return not ARGuider(models.guiders[guider], **both).reads_text
 
@@ -104,7 +104,7 @@ def weights_hash(model) -> str:
 
 
 def key_of(identity: dict) -> str:
-    """A short hash of what decides on the outcome of a row."""
+    """A short hash of the settings that decide the outcome of a row."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -129,28 +129,28 @@ def read_rows(path: str | None) -> dict[str, dict]:
 
 
 def measure_setting(models: Models, setting: Setting, workload: Workload, repeats: int) -> dict:
-    """The figures of a row, a run for each seed taken together; `seconds` is the median of all runs."""
+    """The figures of a row, over the runs of all its seeds; `seconds` is the median of all runs."""
     runs = []
     for seed in setting.seeds * repeats:
         torch.manual_seed(seed)
         runs.append(run(models, setting.recipe, workload))
-    figures, seconds = pooled(runs[: len(setting.seeds)]).figures(), [one.seconds for one in runs]
-    if setting.is_alone:  # the forwards that were counted are the guider's, a token each
+    figures, seconds = pooled(runs[: len(setting.seeds)]).figures(), [single.seconds for single in runs]
+    if setting.is_alone:  # the counted forwards are those of the guider, one token each
         figures |= {"nfe": 0.0, "active_tokens": 0.0, "tokens_per_forward": 1.0}
         figures |= {"guider_forwards": figures["tokens"], "guider_time_share": 1.0}
     return figures | {"seconds": statistics.median(seconds), "seconds_of_runs": seconds}
 
 
 def pooled(runs: list[Run]) -> Run:
-    """One run over what several went over; without their single forwards and tokens."""
+    """The sum of several runs, without their lists of forwards and tokens."""
     names = [field.name for field in fields(Run) if field.name not in ("forwards", "canvases")]
-    return Run(**{name: sum(getattr(one, name) for one in runs) for name in names})
+    return Run(**{name: sum(getattr(single, name) for single in runs) for name in names})
 
 
 def verdict(rows: list[dict]) -> dict:
     """
-    The best plain order, and of what comes within a point of it, with a guider and without, the rows of the fewest
-    forwards and of the least time; `None` where nothing does. The groups in `APART` do not take part.
+    The best plain order and, among the rows within one percentage point of it, those of the fewest forwards and of the
+    least time, with a guider and without; `None` if there is no such row. The groups in `APART` are left out.
     """
     rows = [row for row in rows if row["group"] not in APART]
     best = max((row for row in rows if row["is_plain"]), key=lambda row: (row["accuracy"], -row["nfe"]))
@@ -164,7 +164,7 @@ def verdict(rows: list[dict]) -> dict:
 
 
 def summary(row: dict) -> dict:
-    """A row as the verdict names it."""
+    """The fields of a row that the verdict shows."""
     return {name: row[name] for name in ("name", "group", "accuracy", "nfe", "seconds")}
 
 
@@ -175,7 +175,7 @@ def report_ablation(record: dict) -> str:
     for group in dict.fromkeys(row["group"] for row in record["rows"]):
         rows = [format_row(row) for row in record["rows"] if row["group"] == group]
         tables.append(format_table([group, *headers], rows))
-    lines = ["Within a point of the best plain order:"]
+    lines = ["Within one percentage point of the best plain order:"]
     for name, row in verdict(record["rows"]).items():
         words = "none" if row is None else f"{row['name']} ({row['group']})"
         if row is not None:

@@ -1,7 +1,7 @@
-"""The settings that `flashdlm bench --ablate` measures, a line each.
+"""The settings that `flashdlm bench --ablate` measures, one per line.
 
-Owns the parts of a decode, what is put together of them, the values that are tried, and how a guider decodes by
-itself. Knows nothing of which models there are, or of how a setting is measured.
+Owns the parts of a decode, their combinations, the values that are tried, and how a guider decodes by itself. Knows
+nothing of which models there are, or of how a setting is measured.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .decoding import Models
 from .recipe import Recipe
 
 
-# The parts, and what they ask of `generate` and of the guider.
+# The parts, each with its options of `generate` and of the guider.
 PARTS = {
     "EOS": ({"stop_at_eos": True}, {}),
     "FreeCache": (METHODS["flashdlm"], {}),
@@ -24,8 +24,8 @@ PARTS = {
     "intersection": ({}, {"combine": "intersection", "confidence_threshold": 0.5}),
     "beyond": ({}, {"beyond_prefix": True}),
 }
-# What is put together. The window is FreeCache's; the last three are the guider's, which takes the place of
-# the threshold where it judges, while "beyond" leaves the drafts behind the first refused one to it.
+# The combinations. The window needs FreeCache; the last three parts need the guider, whose decision replaces the
+# threshold. With "beyond" the threshold decides on the drafts after the first refused draft.
 PART_COMBINATIONS = (
     "",
     "EOS",
@@ -57,7 +57,7 @@ PART_COMBINATIONS = (
     "EOS FreeCache window guider union beyond",
 )
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 64)
-SHORT_BLOCKS = (2, 4, 8)  # where decoding without a guider is accurate
+SHORT_BLOCKS = (2, 4, 8)  # at which decoding without a guider is accurate
 ADAPTIVE_LENGTHS = (4, 8, 16)
 DELIMITER_THRESHOLDS = (0.3, 0.5, 0.9)
 RIGHT_WINDOWS = (8, 16, 32)
@@ -70,7 +70,7 @@ GUIDER_RULES = {
     "relative": {},
     "relative, k 5": {"top_k": 5},
 }
-INSTEAD = {"confidence_threshold": None}  # of the threshold: another rule
+INSTEAD = {"confidence_threshold": None}  # of the threshold, another rule
 UNGUIDED = {
     "threshold 0.8": {"confidence_threshold": 0.8},
     "threshold 0.95": {"confidence_threshold": 0.95},
@@ -80,8 +80,8 @@ UNGUIDED = {
     "entropy bound 0.1": {"entropy_bound": 0.1},
 }
 TEMPERATURES = (0.5, 1.0)
-SEEDS = (0, 1, 2)  # where tokens are drawn
-GUIDER_THRESHOLDS = (0.3, 0.5, 0.6)  # among them lies the best of each guider
+SEEDS = (0, 1, 2)  # of the rows that draw tokens
+GUIDER_THRESHOLDS = (0.3, 0.5, 0.6)  # the best threshold of each guider is among them
 NUM_DRAFTS = (4, 8, 16, 32, 64)
 THRESHOLDS = (0.7, 0.8, 0.9, 0.95, 0.99)
 
@@ -95,7 +95,7 @@ class Setting:
     seeds: tuple[int, ...] = (0,)
 
     def entry(self) -> dict:
-        """Its part of a row. A plain order writes one token per forward and keeps no states."""
+        """The fields of a row that name the setting. A plain order writes one token per forward, without a cache."""
         options = self.recipe.options
         is_plain = "steps" in options and options["window_policy"] == "none"
         names = {"group": self.group, "name": self.recipe.name, "is_plain": is_plain, "seeds": list(self.seeds)}
@@ -122,12 +122,12 @@ def combine(parts: str, block_length: int, new_tokens: int, guider: str) -> Reci
 
 def settings(new_tokens: int, block_length: int, guiders: list[str], line_break: list[int]) -> list[Setting]:
     r"""
-    The table.
+    The rows of the table.
 
     Args:
-        new_tokens (`int`): Length of the canvas behind the prompt.
-        block_length (`int`): Where it is not the setting's own.
-        guiders (`list[str]`): Names of the guiders; the first judges where their size is not the question.
+        new_tokens (`int`): Length of the canvas after the prompt.
+        block_length (`int`): Block length of the settings that do not set their own.
+        guiders (`list[str]`): Names of the guiders; the first judges in all rows that do not compare guiders.
         line_break (`list[int]`): Token ids at which an adaptive block may end.
     """
 
@@ -148,7 +148,7 @@ def settings(new_tokens: int, block_length: int, guiders: list[str], line_break:
 
 
 def alone(guider: str):
-    """The loop of a guider that decodes by itself, one token per forward, with the host's own cache."""
+    """The loop of a guider that decodes by itself, one token per forward, with Transformers' own cache."""
 
     def decode(models: Models, inputs: dict, options: dict) -> torch.LongTensor:
         ends = {"eos_token_id": models.end_token_ids, "pad_token_id": models.checkpoint.tokenizer.pad_token_id}
@@ -159,8 +159,8 @@ def alone(guider: str):
 
 
 def block_rows(new_tokens: int):
-    """Group, name, parts and options of the settings of the windows."""
-    for length in (one for one in BLOCK_LENGTHS if one <= new_tokens):
+    """Group, name, parts and options of the rows on block lengths and windows."""
+    for length in (size for size in BLOCK_LENGTHS if size <= new_tokens):
         block = {"block_length": length}
         yield "plain order", f"plain, block {length}", "EOS", block
         yield "block length", f"FreeCache, block {length}", "EOS FreeCache", block
@@ -179,8 +179,8 @@ def block_rows(new_tokens: int):
 
 
 def adaptive_rows(new_tokens: int, line_break: list[int]):
-    """Group, name, parts and options of the settings of blocks that end at a line break."""
-    for length in (one for one in ADAPTIVE_LENGTHS if one <= new_tokens):
+    """Group, name, parts and options of the rows on blocks that end at a line break."""
+    for length in (size for size in ADAPTIVE_LENGTHS if size <= new_tokens):
         block = {"block_length": length}
         adaptive = block | {"blocks": "adaptive", "delimiter_token_ids": line_break}
         dual = {"window_policy": METHODS["adablock"]["window_policy"]}
@@ -192,7 +192,7 @@ def adaptive_rows(new_tokens: int, line_break: list[int]):
 
 
 def rule_rows():
-    """Group, name, parts, options and rule of the settings of what is written."""
+    """Group, name, parts, options and rule of the rows on unmasking rules."""
     judged = "EOS FreeCache guider"
     for sure in THRESHOLDS:
         rule = {"confidence_threshold": sure}
@@ -215,7 +215,7 @@ def rule_rows():
 
 
 def size_rows(guider: str):
-    """Group, name, parts, options and rule of the settings of one guider."""
+    """Group, name, parts, options and rule of the rows on one guider."""
     for parts in ("guider", "guider union", "guider intersection"):
         yield "guider size", f"{guider}: {parts.replace(' ', ' + ')}", f"EOS FreeCache {parts}"
     for sure in GUIDER_THRESHOLDS:
@@ -224,7 +224,7 @@ def size_rows(guider: str):
 
 
 def sampling_rows():
-    """Group, name, parts and options of the settings that draw."""
+    """Group, name, parts and options of the rows that draw tokens."""
     for temperature in TEMPERATURES:
         drawn = {"do_sample": True, "temperature": temperature}
         for parts in ("threshold", "guider", "guider intersection"):

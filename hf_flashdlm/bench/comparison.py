@@ -1,25 +1,26 @@
 """Comparing methods by time: the rows of `flashdlm bench`. What the numbers mean:
 
 seconds: median over the runs of the time that all prompts take together; in every run the methods take turns.
-/full, /EOS: the seconds of the plain decode (no cache, one token per forward) that fills the canvas, and of the one
-that stops at the end of the text, over these seconds.
+/full, /EOS: speed over the plain decode (no cache, one token per forward) that fills the canvas, and over the plain
+decode that stops at the end of the text: their seconds divided by these seconds.
 NFE, guider, active: forwards of the diffusion model, forwards of the guider and query positions that the diffusion
-model computed, each a mean per prompt.
-tok/fwd, tok/s: generated tokens, up to and with EOS, over NFE and over seconds.
-peak MB: memory in use at the peak of a run beyond what the models take before it (10^6 bytes).
+model computed, each as a mean per prompt.
+tok/fwd, tok/s: generated tokens, up to and including EOS, divided by NFE and by seconds.
+peak MB: memory in use at the peak of a run minus the memory in use before it (10^6 bytes).
 outside %: share of the time that is not inside a forward of a model.
-x floor: seconds over the floor, the time that the forwards would take at the ceilings on the card: the longer of
-operations over GEMM throughput and bytes over memory bandwidth, summed over the forwards.
-ms/step: seconds over the number of the diffusion model's forwards, of `ar` over those of its own.
+x floor: seconds divided by the floor, the time that the forwards would take at the ceilings of the machine: the longer
+of operations over GEMM throughput and bytes over memory bandwidth, summed over the forwards.
+ms/step: seconds divided by the forwards of the diffusion model; for `ar`, by those of the autoregressive model.
 
-A method that writes the same tokens as another is compared with it: `times` are the other's seconds over its own,
-`equal%` the share of prompts whose tokens are equal. Such pairs are the loops of `--reference` with our settings for
-them, which fill the canvas, too, and with `--compile` methods and themselves with compiled forwards. What compiles is
-the warm-up before the runs, whose seconds the record holds.
+A method that writes the same tokens as a reference is compared with it: `times` is the reference's seconds divided by
+the method's, `equal%` the share of prompts whose tokens are equal. References are the loops of `--reference`, each
+compared with the built-in method of the same settings, which fills the canvas as the loop does, and with `--compile`
+the eager methods, each compared with itself compiled. Compilation happens in the warm-up before the runs; the record
+holds its seconds.
 
 `ar` decodes as many tokens as the canvas has, one at a time, with an autoregressive model of the same shape, random
 weights and a K/V cache. Random weights write one token per forward whatever the method: they measure the cost of a
-forward, not how many are needed.
+forward, not how many forwards are needed.
 
 Owns the order of the runs and the arithmetic of the rows. Knows nothing of which methods there are, or of how decoding
 works.
@@ -52,9 +53,9 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
     Measure all methods at all batch sizes.
 
     Args:
-        args (`argparse.Namespace`): Of the command line.
+        args (`argparse.Namespace`): Arguments of the command line.
         device (`torch.device`): Where to decode.
-        note (`Callable`): Is told what is being measured.
+        note (`Callable`): Called with a line that says what is being measured.
 
     Returns:
         `dict`: The rest of the record: options, ceilings, models and rows.
@@ -66,7 +67,7 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
     steps = args.steps or new_tokens
     chosen = choose(args.methods, recipes(steps, block_length), references(args.reference, steps), models)
     if args.compile:
-        # All methods share the code that is compiled, and one process.
+        # All methods share the compiled code, in one process.
         torch._dynamo.config.recompile_limit = 64
         chosen = [twin for recipe in chosen for twin in (recipe, compiled(recipe)) if twin is not None]
     if any(recipe.name == "ar" for recipe in chosen):
@@ -92,7 +93,7 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
 
 
 def describe(model, cost: CostModel) -> dict:
-    """A model in the record."""
+    """The entry of a model in the record."""
     sizes = {"parameters": model.num_parameters(), "weight_bytes": cost.weight_bytes}
     return {"type": model.config.model_type, **sizes}
 
@@ -109,7 +110,7 @@ def make_workload(args: argparse.Namespace, models: Models, batch_size: int, opt
 
 @dataclass
 class Measured:
-    """The runs of a recipe, and what was seen in a run before them that warms up."""
+    """The runs of a recipe, and the time and memory of the warm-up before them."""
 
     recipe: Recipe
     runs: list[Run]
@@ -119,22 +120,22 @@ class Measured:
     @property
     def seconds(self) -> float:
         """The median of the runs."""
-        return statistics.median(one.seconds for one in self.runs)
+        return statistics.median(single.seconds for single in self.runs)
 
 
 def time_methods(
     models: Models, chosen: list[Recipe], workload: Workload, repeats: int, note: Callable[[str], None]
 ) -> dict[str, Measured]:
-    """Run all methods: what was measured, by name."""
+    """Run all methods and return the measurements by name."""
     measured = {}
     for recipe in chosen:
         note(f"warm-up: {recipe.name}")
-        # The memory of compiling is not that of decoding.
+        # The memory for compiling is not counted as memory for decoding.
         seconds = run(models, recipe, workload).seconds if recipe.compiled else None
         with peak_memory(models.model.device) as peak:
             warm = run(models, recipe, workload)
         measured[recipe.name] = Measured(recipe, [], seconds or warm.seconds, peak[0])
-    # The methods take turns, so that a slow minute of the machine does not fall on one of them alone.
+    # The methods take turns, so that a slow minute of the machine does not fall on a single method.
     for index in range(repeats):
         for name, of_method in measured.items():
             note(f"run {index + 1} of {repeats}: {name}")
@@ -154,7 +155,7 @@ def make_rows(measured: dict[str, Measured], costs: dict[str, CostModel], ceilin
             "compiled": recipe.compiled,
             **first.figures(),
             "seconds": seconds,
-            "seconds_of_runs": [one.seconds for one in of_method.runs],
+            "seconds_of_runs": [single.seconds for single in of_method.runs],
             "warm_up_seconds": of_method.warm_up_seconds,
             "milliseconds_per_step": 1000 * seconds / len(first.forwards["model"] or first.forwards["twin"]),
             "speed_over_full_canvas": speed_over("plain", of_method, measured),
@@ -162,7 +163,7 @@ def make_rows(measured: dict[str, Measured], costs: dict[str, CostModel], ceilin
             "tokens_per_second": first.tokens / seconds,
             "peak_memory_bytes": of_method.peak_memory_bytes,
             "kept_bytes": sum(costs[model].kept_bytes(forwards) for model, forwards in first.forwards.items()),
-            "outside_forwards_share": statistics.median(one.outside_share for one in of_method.runs),
+            "outside_forwards_share": statistics.median(single.outside_share for single in of_method.runs),
             "floor_seconds": floor,
             "seconds_over_floor": seconds / floor,
             "like": recipe.like,
@@ -176,11 +177,11 @@ def speed_over(name: str | None, of_method: Measured, measured: dict[str, Measur
     return measured[name].seconds / of_method.seconds if name in measured else None
 
 
-def equal_share(one: Measured, other: Measured | None) -> float | None:
+def equal_share(of_method: Measured, reference: Measured | None) -> float | None:
     """The share of rows that hold the same tokens."""
-    if other is None:
+    if reference is None:
         return None
-    pairs = list(zip(one.runs[0].canvases, other.runs[0].canvases, strict=True))
+    pairs = list(zip(of_method.runs[0].canvases, reference.runs[0].canvases, strict=True))
     return sum(left == right for left, right in pairs) / len(pairs)
 
 
@@ -188,7 +189,7 @@ def format_row(row: dict) -> list[str]:
     """A row of the printed table."""
 
     def number(name: str, form: str, scale: float = 1) -> str:
-        value = row.get(name)  # an older record lacks some
+        value = row.get(name)  # older records lack some fields
         return "-" if value is None else format(value * scale, form)
 
     return [
@@ -211,7 +212,7 @@ def format_row(row: dict) -> list[str]:
 
 
 def report_comparison(record: dict) -> str:
-    """The ceilings, the table, without columns that hold nothing, and the pairs that write the same tokens."""
+    """The ceilings, the table without empty columns, and the pairs of methods that write the same tokens."""
     ceilings = record["ceilings"]
     columns = zip(HEADERS, *(format_row(row) for row in record["rows"]), strict=True)
     headers, *rows = zip(*(column for column in columns if set(column[1:]) != {"-"}), strict=True)
@@ -228,7 +229,7 @@ def report_comparison(record: dict) -> str:
 
 
 def report_pairs(rows: list[dict]) -> list[str]:
-    """The table of methods that are compared with another, and how many times as fast they are."""
+    """The table of methods that are compared with a reference, and how many times as fast they are."""
     if not rows:
         return []
     times = [row["speed_over_like"] for row in rows]
@@ -245,6 +246,6 @@ def report_pairs(rows: list[dict]) -> list[str]:
     ]
     return [
         "",
-        format_table(["method", "batch", "seconds", "other's", "times", "equal%"], table),
+        format_table(["method", "batch", "seconds", "reference", "times", "equal%"], table),
         f"times: {min(times):.2f} to {max(times):.2f}, median {statistics.median(times):.2f}",
     ]

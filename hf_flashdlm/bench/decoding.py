@@ -22,8 +22,8 @@ class Models:
     Args:
         model (`PreTrainedModel`): The diffusion model.
         guiders (`dict[str, PreTrainedModel]`): Autoregressive models by name.
-        tokenizers (`dict`): Those of the guiders, where they have any.
-        checkpoint ([`Checkpoint`], *optional*): `model` with its tokenizer, where it is trained.
+        tokenizers (`dict`): Tokenizers of the guiders, if they have any.
+        checkpoint ([`Checkpoint`], *optional*): `model` with its tokenizer, if it is trained.
         twin (`PreTrainedModel`, *optional*): An autoregressive model of the same shape.
     """
 
@@ -42,7 +42,7 @@ class Models:
         return cls(checkpoint.model, models, {name: guider.tokenizer for name, guider in guiders.items()}, checkpoint)
 
     def named(self) -> dict[str, PreTrainedModel]:
-        """All of them by name."""
+        """All models by name."""
         twin = {} if self.twin is None else {"twin": self.twin}
         return {"model": self.model, **self.guiders, **twin}
 
@@ -53,7 +53,7 @@ class Models:
         return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
     def guider(self, recipe: Recipe) -> ARGuider:
-        """The guider of a recipe, made once, as a caller would."""
+        """The guider of a recipe, made once and then reused."""
         key = (recipe.guider, *recipe.rule.items())
         if key not in self.made:
             rule = recipe.rule
@@ -78,5 +78,5 @@ class Models:
 
 
 def compile_config(device: torch.device) -> CompileConfig:
-    """How forwards are compiled: on CUDA into captured graphs, which leave no launches to wait for."""
+    """How forwards are compiled: on CUDA into captured graphs, which save the kernel launches."""
     return CompileConfig(mode="reduce-overhead" if device.type == "cuda" else None)

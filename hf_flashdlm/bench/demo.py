@@ -1,4 +1,4 @@
-"""The demonstration: the embedded pair decodes held-out word problems, first before your eyes, then measured.
+"""The demonstration: the embedded pair decodes held-out word problems, first in view, then measured.
 
 Owns which methods are compared, what is counted and how it is reported. Knows nothing of how decoding works.
 """
@@ -29,15 +29,15 @@ SECONDS_PER_FORWARD = 0.04
 NOTES = """\
 NFE: forwards of the diffusion model; guider: forwards of the guider; active:
 query positions the diffusion model computed; each a mean per problem.
-Tokens: generated ones up to and with EOS. Seconds: for all problems together,
-median of the runs.
+Tokens: generated tokens up to and including EOS. Seconds: for all problems
+together, median of the runs.
 Speed: over the two baselines, the plain decodes that fill the whole canvas
 (full) and that stop at the end of the text (EOS)."""
 
 
 @dataclass
 class Measurement:
-    """What `method` did: sums over the problems, the same in every run, and the `seconds` of each run."""
+    """The counts of `method`, summed over the problems and the same in every run, and the `seconds` of each run."""
 
     method: Recipe
     num_problems: int = 0
@@ -49,7 +49,7 @@ class Measurement:
     seconds: list[float] = field(default_factory=list)
 
     def decode(self, checkpoint: Checkpoint, batch: list[Problem], run: int) -> None:
-        """Decode one more batch of the run number `run`, counted from 0."""
+        """Decode another batch in run number `run`, counted from 0."""
         continuation = decode_problems(checkpoint, self.method, batch)
         self.seconds += [0.0] * (run + 1 - len(self.seconds))
         self.seconds[run] += continuation.seconds
@@ -91,7 +91,7 @@ def run_demo(settings: Settings, console: Console) -> dict:
 
 
 def compared_methods(guider: ARGuider | None) -> list[Recipe]:
-    """The rows of the table: the two baselines, then the cache, then what writes several tokens at once."""
+    """The rows of the table: the two baselines, then the cache, then the methods that write several tokens at once."""
     return [
         Recipe("plain, full canvas", METHODS["llada"] | {"stop_at_eos": False}),
         Recipe("plain, EOS stop", METHODS["llada"]),
@@ -122,7 +122,7 @@ def show_decoding(checkpoint: Checkpoint, methods: list[Recipe], problems: list[
 
 
 def decode_in_view(checkpoint: Checkpoint, method: Recipe, problem: Problem, console: Console) -> None:
-    """Decode one problem; its text stays, with what it took."""
+    """Decode one problem; its text stays in view, with the number of forwards."""
 
     def picture(text: Text, verdict: str = "") -> Group:
         return Group(Text(method.name + verdict, "cyan"), text)
@@ -169,26 +169,29 @@ def make_record(settings: Settings, block_length: int, measurements: list[Measur
         "versions": versions(),
         "machine": describe_machine(torch.device("cpu")),
         "baselines": {"full_canvas": full_canvas.method.name, "eos_stop": eos_stop.method.name},
-        "methods": [method_record(one, full_canvas.median_seconds, eos_stop.median_seconds) for one in measurements],
+        "methods": [
+            method_record(measurement, full_canvas.median_seconds, eos_stop.median_seconds)
+            for measurement in measurements
+        ],
     }
 
 
-def method_record(one: Measurement, full_canvas_seconds: float, eos_stop_seconds: float) -> dict:
-    """One row of the table."""
-    options = {name: GUIDANCE if name == "guider" else value for name, value in one.method.options.items()}
+def method_record(measurement: Measurement, full_canvas_seconds: float, eos_stop_seconds: float) -> dict:
+    """The figures of one row of the table."""
+    options = {name: GUIDANCE if name == "guider" else value for name, value in measurement.method.options.items()}
     return {
-        "name": one.method.name,
+        "name": measurement.method.name,
         "options": options,
-        "accuracy": one.correct / one.num_problems,
-        "accuracy_interval": list(binomial_interval(one.correct, one.num_problems)),
-        "nfe": one.nfe / one.num_problems,
-        "guider_forwards": one.guider_forwards / one.num_problems,
-        "active_tokens": one.active_tokens / one.num_problems,
-        "tokens_per_forward": one.tokens / one.nfe,
-        "seconds": one.median_seconds,
-        "seconds_of_runs": one.seconds,
-        "speed_over_full_canvas": full_canvas_seconds / one.median_seconds,
-        "speed_over_eos_stop": eos_stop_seconds / one.median_seconds,
+        "accuracy": measurement.correct / measurement.num_problems,
+        "accuracy_interval": list(binomial_interval(measurement.correct, measurement.num_problems)),
+        "nfe": measurement.nfe / measurement.num_problems,
+        "guider_forwards": measurement.guider_forwards / measurement.num_problems,
+        "active_tokens": measurement.active_tokens / measurement.num_problems,
+        "tokens_per_forward": measurement.tokens / measurement.nfe,
+        "seconds": measurement.median_seconds,
+        "seconds_of_runs": measurement.seconds,
+        "speed_over_full_canvas": full_canvas_seconds / measurement.median_seconds,
+        "speed_over_eos_stop": eos_stop_seconds / measurement.median_seconds,
     }
 
 

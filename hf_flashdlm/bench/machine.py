@@ -47,11 +47,11 @@ class ForwardShape:
 @dataclass(frozen=True)
 class Ceilings:
     r"""
-    The most that the machine did in a loop that does nothing else.
+    Peak throughput of this machine, each measured in a tight loop.
 
     Args:
-        flops_per_second (`float`): Of the product of two square matrices, in the dtype of the weights.
-        bytes_per_second (`float`): Of reading a buffer as large as the weights, and so from a cache if they fit it.
+        flops_per_second (`float`): Throughput of the product of two square matrices, in the dtype of the weights.
+        bytes_per_second (`float`): Bandwidth of reading a buffer as large as the weights, which may fit a cache.
     """
 
     flops_per_second: float
@@ -63,7 +63,7 @@ class Ceilings:
         size = 1024 if device.type == "cpu" else 8192
         left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         product_seconds = _best_seconds(lambda: left @ right, device)
-        columns = 4096  # of float32, whose matrix-vector product only waits for memory
+        columns = 4096  # of float32; a matrix-vector product is limited by memory bandwidth
         matrix = torch.randn(max(min(weight_bytes, 2**30) // (4 * columns), 16), columns, device=device)
         vector = torch.randn(columns, device=device)
         read_seconds = _best_seconds(lambda: matrix @ vector, device)
@@ -84,8 +84,8 @@ def _best_seconds(work, device: torch.device, limit_seconds: float = 0.5) -> flo
 
 class CostModel:
     r"""
-    What a forward of `model` costs at least: operations of its linear layers, of attention and of the head rows, and
-    bytes of the weights and of the keys and values read. The longer of the two at the machine's ceilings is the floor.
+    The minimum cost of a forward of `model`: operations of its linear layers, of attention and of the head rows, and
+    bytes of the weights and of the keys and values read. The longer of the two times at the ceilings is the floor.
     """
 
     def __init__(self, model):
@@ -105,32 +105,32 @@ class CostModel:
         return self.element_bytes * (self.body_parameters + self.head_parameters)
 
     def flops(self, forward: ForwardShape) -> int:
-        """Operations, additions and multiplications apart."""
+        """Operations of a forward; additions and multiplications are counted separately."""
         linear = self.body_parameters * forward.queries + self.head_parameters * forward.head_rows
         return forward.rows * (2 * linear + self.attention_flops * forward.queries * forward.keys)
 
     def key_value_bytes(self, forward: ForwardShape) -> int:
-        """Bytes of the keys and values that its queries see."""
+        """Bytes of the keys and values that the queries of a forward see."""
         return self.element_bytes * self.key_value_numbers * forward.rows * forward.keys
 
     def kept_bytes(self, forwards: list[ForwardShape]) -> int:
-        """The most that a cache held during `forwards`."""
-        return max((self.key_value_bytes(one) for one in forwards if one.cached), default=0)
+        """The most bytes that a cache held during `forwards`."""
+        return max((self.key_value_bytes(forward) for forward in forwards if forward.cached), default=0)
 
     def bytes(self, forward: ForwardShape) -> int:
-        """Bytes read."""
+        """Bytes that a forward reads."""
         return self.weight_bytes + self.key_value_bytes(forward)
 
     def floor_seconds(self, forwards: list[ForwardShape], ceilings: Ceilings) -> float:
         """The least time that `forwards` can take together."""
         return sum(
-            max(self.flops(one) / ceilings.flops_per_second, self.bytes(one) / ceilings.bytes_per_second)
-            for one in forwards
+            max(self.flops(forward) / ceilings.flops_per_second, self.bytes(forward) / ceilings.bytes_per_second)
+            for forward in forwards
         )
 
 
 class Probe:
-    """Counts and times the forwards of `model` while it is open, without making the host wait for the device."""
+    """Counts and times the forwards of `model` while it is open, without making the CPU wait for the device."""
 
     def __init__(self, model):
         self.model, self.forwards = model, []
@@ -156,7 +156,7 @@ class Probe:
             hook.remove()
 
     def _compiled_call(self, compile_config):
-        """The host's, without hooks on the model: they would be compiled with it, and change at every call."""
+        """Transformers' compiled call, without hooks on the model, which would be compiled anew at every call."""
         call = type(self.model).get_compiled_call(self.model, compile_config)
 
         def timed(**inputs):
@@ -201,7 +201,7 @@ class Probe:
 
 @contextmanager
 def peak_memory(device: torch.device):
-    """A list that holds, once closed, the peak of memory used beyond what was in use before, in bytes, or `None`."""
+    """Yield a list that afterwards holds the peak memory minus the memory in use before, in bytes, or `None`."""
     peak: list[int | None] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -209,7 +209,7 @@ def peak_memory(device: torch.device):
         yield peak
         peak.append(torch.cuda.max_memory_allocated(device) - before)
     elif device.type == "cpu" and os.access(PROCESS / "clear_refs", os.W_OK):
-        # Freed memory goes back to the system first: what a method takes again counts as its own.
+        # Freed memory goes back to the system first, so that a method that takes it again is charged for it.
         getattr(ctypes.CDLL(None), "malloc_trim", int)(0)
         (PROCESS / "clear_refs").write_text("5")  # the peak starts anew from here
         before = _process_bytes("VmRSS")
@@ -226,7 +226,7 @@ def _process_bytes(field: str) -> int:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all it was asked to."""
+    """Wait until the device has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 
@@ -265,7 +265,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of this package, with a `+` if files of it differ; `None` where it is not run from a repository."""
+    """The commit of this package, with a `+` if its files differ; `None` if it is not run from a repository."""
     here = Path(__file__).parents[1]
 
     def git(*arguments: str) -> str | None:

@@ -17,7 +17,7 @@ from .shapes import GUIDER_SHAPES, SHAPES
 
 
 def load_models(args: argparse.Namespace, device: torch.device, canvas_length: int) -> Models:
-    """The models that the arguments name; random weights take a canvas of `canvas_length`."""
+    """The models that the arguments name; random weights have positions for a canvas of `canvas_length`."""
     if (args.model is None) == (args.config is None):
         raise ValueError("`--model` or `--config` must be given, and not both: a checkpoint, or a shape.")
     if args.model is not None and args.random_weights:
@@ -42,7 +42,7 @@ def load_models(args: argparse.Namespace, device: torch.device, canvas_length: i
 
 
 def random_model(config, dtype: torch.dtype, device: torch.device, seed: int):
-    """A model of this shape that nobody has trained."""
+    """A model of this shape with random weights."""
     torch.manual_seed(seed)
     with device:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
@@ -66,5 +66,5 @@ def twin_config(config):
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names += ("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
     kind = Qwen2Config if config.model_type == DreamConfig.model_type else LlamaConfig
-    # Without an end token it generates all it is asked for.
+    # Without an end token it generates as many tokens as it is asked for.
     return kind(**{name: getattr(config, name) for name in names}, eos_token_id=None, pad_token_id=0)

@@ -1,6 +1,6 @@
-"""Pictures of a measurement: accuracy against forwards, and bars of seconds.
+"""Plots of a measurement: accuracy against forwards, and bars of seconds.
 
-Reads records as they stand in a JSON file, so that old ones can be drawn again. Nothing else needs matplotlib.
+Reads records as they are in a JSON file, so that old records can be drawn again. No other module needs matplotlib.
 """
 
 from pathlib import Path
@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 
-# Okabe and Ito's colours, which everybody can tell apart; beyond them the marker tells.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart; further groups differ by their marker.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "os^DvPX"
 
@@ -73,7 +73,7 @@ def _plot_pareto(rows: list[dict], path: Path) -> None:
 
 
 def pareto_rows(rows: list[dict]) -> list[dict]:
-    """The rows that no other beats in accuracy at as few forwards, by rising NFE."""
+    """The rows that no other row beats in accuracy at as few forwards, by rising NFE."""
     best: list[dict] = []
     for row in sorted(rows, key=lambda row: (row["nfe"], -row["accuracy"])):
         if not best or row["accuracy"] > best[-1]["accuracy"]:
@@ -84,7 +84,11 @@ def pareto_rows(rows: list[dict]) -> list[dict]:
 def _plot_parts(rows: list[dict], path: Path) -> None:
     figure, panel = plt.subplots(figsize=(9, 1.5 + 0.26 * len(rows)))
     guided = [row["guider"] is not None for row in rows]
-    panel.barh(range(len(rows)), [row["seconds"] for row in rows], color=[COLORS[1 if one else 0] for one in guided])
+    panel.barh(
+        range(len(rows)),
+        [row["seconds"] for row in rows],
+        color=[COLORS[1 if is_guided else 0] for is_guided in guided],
+    )
     for index, row in enumerate(rows):
         words = f" {row['seconds']:.3g} s, {100 * row['accuracy']:.1f}%, {row['nfe']:.1f} NFE"
         panel.annotate(words, (row["seconds"], index), va="center", fontsize=7)

@@ -1,6 +1,6 @@
-"""The methods that `flashdlm bench` compares: ours by name, the caller's loops, and compiled twins of ours.
+"""The methods that `flashdlm bench` compares: built-in ones by name, the user's loops, and built-in ones compiled.
 
-Owns which settings make which method, and which of them write the same tokens. Knows nothing of how they are measured.
+Owns the settings of each method, and which methods write the same tokens. Knows nothing of how they are measured.
 """
 
 import runpy
@@ -20,23 +20,23 @@ if TYPE_CHECKING:  # the names of the methods are known before torch is imported
 
 def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
     """The methods that can be compared, by name; the first two are the baselines."""
-    one = {"steps": steps}
+    fixed = {"steps": steps}
     sure = METHODS["fast-dllm"]
     window = {"right_window": 2 * block_length}
     both = {"combine": "intersection", "confidence_threshold": 0.5}
 
     def of(method: str, changes: dict) -> dict:
-        """The settings of a published method, without its own rule, and `changes`."""
+        """The window policy of a published method, with `changes` instead of its other settings."""
         return {"window_policy": METHODS[method]["window_policy"]} | changes
 
     table = [
-        Recipe("plain", of("llada", one | {"stop_at_eos": False})),
-        Recipe("plain-eos", of("llada", one)),
-        Recipe("prefix", of("fast-dllm-prefix", one)),
-        Recipe("dual", of("fast-dllm-dual", one)),
-        Recipe("dkv", of("dkv-cache", one)),
-        Recipe("freecache", of("freecache", one)),
-        Recipe("freecache+window", of("freecache", one | window)),
+        Recipe("plain", of("llada", fixed | {"stop_at_eos": False})),
+        Recipe("plain-eos", of("llada", fixed)),
+        Recipe("prefix", of("fast-dllm-prefix", fixed)),
+        Recipe("dual", of("fast-dllm-dual", fixed)),
+        Recipe("dkv", of("dkv-cache", fixed)),
+        Recipe("freecache", of("freecache", fixed)),
+        Recipe("freecache+window", of("freecache", fixed | window)),
         Recipe("plain+threshold", sure),
         Recipe("prefix+threshold", METHODS["fast-dllm-prefix"]),
         Recipe("dual+threshold", METHODS["fast-dllm-dual"]),
@@ -53,12 +53,12 @@ def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
 
 
 def decode_twin(models: "Models", inputs: dict, options: dict) -> "torch.LongTensor":
-    """The autoregressive model of the same shape, with the host's own loop and cache."""
+    """Decode with the autoregressive model of the same shape, by Transformers' own loop and cache."""
     return models.twin.generate(**inputs, max_new_tokens=options["max_new_tokens"], do_sample=False)
 
 
 def references(path: str | None, steps: int) -> dict[str, list[Recipe]]:
-    """By name, loops of the user's from the `METHODS` of a Python file, each behind ours with its settings."""
+    """The loops in `METHODS` of the user's Python file, by name, each after the built-in method with its settings."""
     if path is None:
         return {}
     if not Path(path).is_file():
@@ -68,19 +68,20 @@ def references(path: str | None, steps: int) -> dict[str, list[Recipe]]:
         entries = [(name, loop, dict(options)) for name, (loop, options) in methods.items()]
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(
-            f"`--reference` must define METHODS, a dict of pairs (loop, options of ours) by name, got {path!r}."
+            "`--reference` must define METHODS, a dict from names to pairs (loop, options of `generate`), got "
+            f"{path!r}."
         ) from error
     found = {}
     for name, loop, options in entries:
         if "confidence_threshold" not in options:
             options["steps"] = steps
-        ours = Recipe(f"{name} (ours)", options | {"stop_at_eos": False}, like=name)
-        found[name] = [ours, Recipe(name, loop=reference_loop(loop))]
+        built_in = Recipe(f"{name} (ours)", options | {"stop_at_eos": False}, like=name)
+        found[name] = [built_in, Recipe(name, loop=reference_loop(loop))]
     return found
 
 
 def reference_loop(loop):
-    """A loop `(model, input_ids, max_new_tokens=, block_length=) -> ids` in the form of a recipe's."""
+    """Adapt a loop `(model, input_ids, max_new_tokens=, block_length=) -> ids` to the form that a recipe takes."""
 
     def decode(models: "Models", inputs: dict, options: dict) -> "torch.LongTensor":
         if not inputs["attention_mask"].all():
@@ -92,7 +93,7 @@ def reference_loop(loop):
 
 
 def compiled(recipe: Recipe) -> Recipe | None:
-    """The same with compiled forwards, where the loop is ours."""
+    """The same recipe with compiled forwards; `None` for a recipe with a loop of its own."""
     if recipe.loop is not None:
         return None
     return replace(recipe, name=f"{recipe.name} (compiled)", compiled=True, like=recipe.name)
@@ -101,7 +102,7 @@ def compiled(recipe: Recipe) -> Recipe | None:
 def choose(
     wanted: list[str] | None, known: dict[str, Recipe], pairs: dict[str, list[Recipe]], models: "Models"
 ) -> list[Recipe]:
-    """The methods asked for: by default the pairs with references, without those all that the models serve."""
+    """The methods asked for. By default the pairs with references, else all methods that need no missing guider."""
     if wanted is None:
         everything = sum(pairs.values(), []) or known.values()
         return [recipe for recipe in everything if recipe.guider is None or models.guiders]

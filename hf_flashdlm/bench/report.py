@@ -1,4 +1,4 @@
-"""How figures leave a measurement: a table in plain text, a JSON file.
+"""Output of a measurement: a table in plain text, a JSON file.
 
 Knows nothing of what the figures mean.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def format_table(headers: list[str], rows: list[list[str]]) -> str:
-    """A table in plain text: the first column to the left, the others to the right."""
+    """A table in plain text: the first column is left-aligned, the others are right-aligned."""
     columns = [[header, *cells] for header, *cells in zip(headers, *rows, strict=True)]
     widths = [max(map(len, column)) for column in columns]
     lines = [
@@ -19,7 +19,7 @@ def format_table(headers: list[str], rows: list[list[str]]) -> str:
 
 
 def write_json(path: Path, record: dict) -> None:
-    """Write at once, so that an interrupt leaves the old file or the new one."""
+    """Write the file in one move, so that an interrupt leaves the old file or the new one."""
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(path)

@@ -18,12 +18,12 @@ from .workload import Workload
 @dataclass
 class Run:
     r"""
-    What one run over a workload counted, summed over its rows.
+    The counts of one run over a workload, summed over its rows.
 
     Args:
         canvases (`list[list[int]]`): The ids of all rows, prompts and pads included.
-        seconds (`float`): Time of the decodes, without counting.
-        forward_seconds (`float`): The part of it inside the models' forwards.
+        seconds (`float`): Time of the decodes, without the time for counting.
+        forward_seconds (`float`): The part of `seconds` spent in the models' forwards.
         forwards (`dict[str, list[ForwardShape]]`): The forwards of each model, by its name.
     """
 
@@ -55,12 +55,12 @@ class Run:
             setattr(self, name, getattr(self, name) + (0 if value is None else int(value.sum())))
 
     def count_forwards(self, forwards: list[ForwardShape]) -> None:
-        """Add the counts of a loop that does not count itself: all rows take part in all forwards."""
-        self.nfe += sum(one.rows for one in forwards)
-        self.active_tokens += sum(one.rows * one.queries for one in forwards)
+        """Add the counts for a loop that keeps none: all rows take part in all forwards."""
+        self.nfe += sum(forward.rows for forward in forwards)
+        self.active_tokens += sum(forward.rows * forward.queries for forward in forwards)
 
     def figures(self) -> dict:
-        """What the run says of its recipe; counts are means per row, `tokens` are those up to and with EOS."""
+        """The figures of the recipe. Counts are means per row; `tokens` counts up to and including EOS."""
         figures = {
             "num_rows": self.num_rows,
             "tokens": self.tokens / self.num_rows,
@@ -101,7 +101,7 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
             total.forward_seconds += probe.seconds
             total.forwards.setdefault(name, []).extend(probe.forwards)
         if output is None:
-            total.count_forwards([one for probe in probes.values() for one in probe.forwards])
+            total.count_forwards([forward for probe in probes.values() for forward in probe.forwards])
         else:
             total.count(output)
             total.guider_seconds += seconds * (output.guider_time_share or 0.0)
@@ -118,12 +118,12 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
 
 
 def _up_to_end(ids: list[int], end_token_ids: list[int]) -> list[int]:
-    """`ids` up to and with the first that ends a text."""
-    return ids[: next((index for index, one in enumerate(ids, 1) if one in end_token_ids), len(ids))]
+    """`ids` up to and including the first end token."""
+    return ids[: next((index for index, token_id in enumerate(ids, 1) if token_id in end_token_ids), len(ids))]
 
 
 def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
+    """Wilson's 95% confidence interval of a share."""
     share, z = successes / trials, 1.96
     scale = 1 + z**2 / trials
     center = (share + z**2 / (2 * trials)) / scale

@@ -1,6 +1,6 @@
 """What a measurement decodes: held-out problems, or random ids.
 
-Owns the prompts and their right answers. Knows nothing of how they are decoded.
+Owns the prompts and their correct answers. Knows nothing of how they are decoded.
 """
 
 import random
@@ -15,12 +15,12 @@ from ..tiny import problems
 @dataclass(frozen=True)
 class Workload:
     r"""
-    What is decoded.
+    The inputs of a measurement.
 
     Args:
         batches (`list[dict]`): `input_ids` and `attention_mask` of each batch.
         options (`dict`): Keywords of `generate` for all recipes.
-        answers (`list[list[int]]`, *optional*): The right answers of each batch.
+        answers (`list[list[int]]`, *optional*): The correct answers of each batch.
     """
 
     batches: list[dict]
@@ -28,7 +28,7 @@ class Workload:
     answers: list[list[int]] | None = None
 
     def start(self) -> "Workload":
-        """Its first batch."""
+        """The workload of the first batch alone."""
         return Workload(self.batches[:1], self.options, self.answers and self.answers[:1])
 
 
@@ -36,16 +36,16 @@ def problem_workload(
     checkpoint: Checkpoint, count: int, batch_size: int, seed: int, options: dict, prompt_length: int | None = None
 ) -> Workload:
     r"""
-    Held-out word problems of the package as prompts.
+    Prompts from the held-out word problems of the package.
 
     Args:
         checkpoint ([`Checkpoint`]): Gives the tokenizer and the chat template.
-        count (`int`): How many.
-        batch_size (`int`): Decoded together.
-        seed (`int`): Of the draw.
+        count (`int`): Number of problems.
+        batch_size (`int`): Problems decoded together.
+        seed (`int`): Seed of the draw.
         options (`dict`): Keywords of `generate` for all recipes.
-        prompt_length (`int`, *optional*): Put solved problems in front of each question and keep the last so many
-            tokens; by default the question stands alone.
+        prompt_length (`int`, *optional*): Put solved problems before each question and keep the last
+            `prompt_length` tokens; by default a prompt is the question alone.
     """
     drawn = problems(count)
     random.Random(seed).shuffle(drawn)
@@ -72,7 +72,11 @@ def random_workload(model, batch_size: int, seed: int, options: dict, prompt_len
     generator = torch.Generator().manual_seed(seed)
     config = model.config.get_text_config()
     special = torch.tensor(
-        [one for name in ("mask", "eos", "pad") if isinstance(one := getattr(config, f"{name}_token_id", None), int)]
+        [
+            token_id
+            for name in ("mask", "eos", "pad")
+            if isinstance(token_id := getattr(config, f"{name}_token_id", None), int)
+        ]
     )
     usual = torch.arange(config.vocab_size)
     usual = usual[~torch.isin(usual, special)]

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 
-FOLDER = Path(__file__).parent  # with the models in `dlm` and `guider`
+FOLDER = Path(__file__).parent  # holds the models in `dlm` and `guider`
 
-# The embedded guider alone errs more often than the model: it may only say no to what the diffusion model is sure of.
+# The embedded guider errs more often than the diffusion model, so it may only veto drafts that the model is sure of.
 GUIDANCE = {"combine": "intersection", "confidence_threshold": 0.5}
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A held-out problem: the `question`, its worked `answer`, and the number `final` that a right answer ends in."""
+    """A held-out problem: the `question`, its worked `answer`, and the number `final` it should end in."""
 
     question: str
     answer: str
@@ -26,7 +26,7 @@ class Problem:
 
 
 def problems(count: int) -> list[Problem]:
-    """All problems that the package holds, if they are at least `count`."""
+    """All problems of the package; `ValueError` if there are fewer than `count`."""
     lines = (FOLDER / "problems.jsonl").read_text(encoding="utf-8").splitlines()
     if count > len(lines):
         raise ValueError(f"`--problems` must be at most {len(lines)}, which is all the package holds, got {count}.")
@@ -34,11 +34,11 @@ def problems(count: int) -> list[Problem]:
 
 
 def sample_problems(count: int, seed: int) -> list[Problem]:
-    """Draw `count` of the problems that the package holds."""
+    """Draw `count` problems of the package."""
     return random.Random(seed).sample(problems(count), count)
 
 
 def final_number(text: str) -> int | None:
-    """The number behind the last `####` of an answer, `None` where there is none."""
+    """The number after the last `####` of an answer, `None` if there is none."""
     _, mark, number = text.rpartition("####")
     return int(number) if mark and number.strip().isdecimal() else None

@@ -42,7 +42,7 @@ def minihub(tmp_path_factory):
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", minihub.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub_cache")))
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that this Hub does not speak
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that this Hub does not support
         patch.delenv("HF_TOKEN", raising=False)
         patch.setattr("hf_flashdlm.hub.push.get_token", lambda: None)
         yield minihub
@@ -50,7 +50,7 @@ def minihub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def published(exported, minihub):
-    """The Hub with a repository of each kind, and the ones that stand in."""
+    """The Hub with a repository of each kind, and those that replace the repositories of the cards."""
     for repo_id, folder in exported.items():
         push(folder, repo_id, token=TOKEN)
     for repo_id, name in STAND_INS.items():
@@ -97,7 +97,7 @@ def guider():
 
 @pytest.fixture(scope="module")
 def expected(batch, guider):
-    """What the package decodes."""
+    """The ids that the package decodes."""
     model = AutoModelForCausalLM.from_pretrained(TINY / "dlm")
     return model.generate(**batch, guider=guider, return_dict_in_generate=True)
 

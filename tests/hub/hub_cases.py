@@ -15,7 +15,7 @@ GOLDENS = ROOT / "tests" / "goldens"
 MODEL, GUIDER = "hf-flashdlm/tiny-dlm", "hf-flashdlm/tiny-guider"
 CODE, STRATEGY, LLADA = "hf-flashdlm/flash-dream", "hf-flashdlm/flashdlm", "hf-flashdlm/tiny-llada"
 
-# What the cards name; here the tiny pair stands in for them.
+# Repositories that the cards name; the tiny pair replaces them here.
 STAND_INS = {
     "Dream-org/Dream-v0-Instruct-7B": "dlm",
     "Qwen/Qwen2.5-1.5B-Instruct": "guider",
@@ -24,7 +24,7 @@ STAND_INS = {
 
 QUESTIONS = [json.loads(line)["question"] for line in (TINY / "problems.jsonl").read_text().splitlines()[:3]]
 
-# Makes the package's absence certain, also where it is installed.
+# Makes sure that the package is absent, even if it is installed.
 APART = """
 import sys
 sys.modules["hf_flashdlm"] = None

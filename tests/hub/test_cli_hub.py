@@ -15,7 +15,7 @@ from hf_flashdlm.cli import main as cli
 from hf_flashdlm.hub.push import list_files
 
 
-# The client's own, where it sends a large file.
+# Warnings of the client itself when it sends a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 

@@ -1,4 +1,4 @@
-"""What lies in a repository of each kind, its card, and what cannot be exported."""
+"""The files of a repository of each kind, its card, and what cannot be exported."""
 
 import json
 import re
@@ -29,7 +29,7 @@ from hf_flashdlm.hub.export import (
 )
 
 
-# The client's own, where it sends a large file.
+# Warnings of the client itself when it sends a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -58,7 +58,7 @@ def test_weights_names_and_options_are_kept(exported):
         "AutoModelForCausalLM": model,
         "AutoModelForMaskedLM": model,
     }
-    assert hasattr(transformers, config["architectures"][0])  # or `transformers serve` cannot load it
+    assert hasattr(transformers, config["architectures"][0])  # otherwise `transformers serve` cannot load it
     options = json.loads((exported[MODEL] / "generation_config.json").read_text())
     assert (options["block_length"], options["max_new_tokens"], options["do_sample"]) == (8, 64, False)
     code = json.loads((exported[CODE] / "config.json").read_text())
@@ -172,7 +172,7 @@ def test_defaults_of_cards_are_those_of_the_options(exported):
         assert f'`"{name}"`' in card
 
 
-# Exporting what cannot be
+# Exports that are refused
 
 
 @pytest.fixture

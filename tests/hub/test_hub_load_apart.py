@@ -1,4 +1,4 @@
-"""Repositories decode in processes where the package cannot be imported, and in this one, as the package does."""
+"""Repositories decode as the package does, in processes that cannot import the package and in this process."""
 
 import shutil
 
@@ -11,7 +11,7 @@ from hf_flashdlm import __version__, diffusion_generate, make_bidirectional
 from hf_flashdlm.generate import decode, generate
 
 
-# The client's own, where it sends a large file.
+# Warnings of the client itself when it sends a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -87,7 +87,7 @@ of_llama = llama.generate(**batch, **options, max_new_tokens=16)
 print(json.dumps(dict(refusal=refusal, answers=list(map(summary, (by_keyword, by_position, of_llama))))))
 """)
     assert "trust_remote_code=True" in answers["refusal"]
-    # An autoregressive model that sees everything talks nonsense, but the same here and there.
+    # An autoregressive model that sees everything writes nonsense, but the same nonsense with and without the package.
     llama = make_bidirectional(LlamaForCausalLM.from_pretrained(TINY / "guider"))
     llama.config.mask_token_id = 1
     options = {"guider": guider, "max_new_tokens": 16, "return_dict_in_generate": True}

@@ -17,14 +17,14 @@ from hf_flashdlm.hub.export import export_model, export_strategy
 from hf_flashdlm.hub.push import list_files, push
 
 
-# The client's own, where it sends a large file.
+# Warnings of the client itself when it sends a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 def test_a_push_is_one_commit_with_a_tag(published, exported):
     for repo_id, folder in exported.items():
         repository = published.repositories[repo_id]
-        assert len(repository.commits) == 2  # the one of the creation is empty
+        assert len(repository.commits) == 2  # the commit of the creation is empty
         assert repository.files(__version__) == {name: (folder / name).read_bytes() for name in list_files(folder)}
 
 
@@ -69,7 +69,7 @@ def test_a_token_is_needed_and_has_to_be_right(exported, minihub):
 
 @pytest.fixture
 def impatient(monkeypatch):
-    """The client tries several times by itself, here without waiting."""
+    """Let the client's own retries not wait."""
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
 
 
@@ -86,7 +86,7 @@ def test_an_interrupted_push_leaves_nothing_and_can_be_repeated(exported, minihu
 
 @pytest.fixture
 def sharded(tmp_path):
-    """A repository with several large files, whose content no other repository has."""
+    """A repository with several large files, with content that no other repository has."""
     model = AutoModelForCausalLM.from_pretrained(TINY / "dlm")
     with torch.no_grad():
         for weight in model.parameters():

@@ -13,11 +13,11 @@ from hf_flashdlm.hub.export import export_model
 from hf_flashdlm.hub.push import push
 
 
-# The client's own, where it sends a large file.
+# Warnings of the client itself when it sends a large file.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
-# The checkpoints that have a card of their own, and what stands in for their weights.
+# The checkpoints with a card of their own, and the weights that replace theirs.
 CHECKPOINTS = {
     "GSAI-ML/LLaDA-8B-Instruct": LLADA,
     "GSAI-ML/LLaDA-1.5": LLADA,
@@ -30,7 +30,7 @@ CHECKPOINTS = {
 
 @pytest.fixture(scope="module")
 def originals(published, exported):
-    """The Hub with those checkpoints, as their authors might have published them."""
+    """The Hub with these checkpoints, as their authors might have published them."""
     for checkpoint, weights in CHECKPOINTS.items():
         if checkpoint not in published.repositories:
             files = {path.name: path.read_bytes() for path in exported[weights].iterdir() if path.suffix != ".py"}
