@@ -114,14 +114,14 @@ class CanvasProcessors:
     Applies a host's list of processors to scores of shape `(batch_size, num_positions, vocab_size)`.
 
     Args:
-        processors (`LogitsProcessorList`): Processors of the host and of the caller.
+        processors (`LogitsProcessorList`): Processors of Transformers and of the caller.
         canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas holds padding.
         mask_token_id (`int`): Left out of the context that a processor is shown.
         guider ([`ARGuider`], *optional*): Judges what they leave of the scores.
         skip (`int`): Columns of the canvas that the caller's prompt does not have.
 
     Raises:
-        ValueError: If a processor of the host's is none of those above.
+        ValueError: If a processor of Transformers is none of those above.
     """
 
     def __init__(self, processors: LogitsProcessorList, canvas_mask, mask_token_id: int, guider=None, skip=0):

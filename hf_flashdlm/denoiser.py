@@ -18,7 +18,7 @@ from .compiling import CompiledForward
 from .windows import Window
 
 
-WIDTH_STEP = 16  # a compiled forward takes multiples of so many positions, that few shapes have to be compiled
+WIDTH_STEP = 16  # compiled forwards round their width up to a multiple of this, so that few shapes are compiled
 
 
 # What is known of the attention functions of Transformers: how each is told which keys a query sees.
@@ -62,7 +62,7 @@ class Denoiser:
         cache (`FreeCache`, *optional*): A fresh cache; without one every forward starts from the window's tokens.
         logits_shift (`int`): 1 for models whose output at position p - 1 scores position p (Dream), else 0.
         compile_config (`CompileConfig`, *optional*):
-            Compile the forward, as the host does, for static shapes: windows are filled up with copies of their last
+            Compile the forward, as Transformers does, for static shapes: windows are filled up with copies of their last
             position, queries see all keys through a mask. The first forward, which makes the buffers, stays eager.
     """
 
@@ -74,7 +74,7 @@ class Denoiser:
         self.backend = attention_backend(model)
         self.cache = cache
         self.shift = logits_shift
-        self.first = canvas_mask.argmax(1).tolist()  # where each row begins, behind its padding
+        self.first = canvas_mask.argmax(1).tolist()  # where each row begins, after its padding
         self.padded = not bool(canvas_mask.all())
         self.canvas_mask = canvas_mask
         self.position_ids = (canvas_mask.cumsum(1) - 1).clamp_min(0)
@@ -163,7 +163,7 @@ class Denoiser:
         return feed.to(self.canvas_mask.device), slots, computed
 
     def _slots(self, positions: list[range], lows: list[int], width: int) -> int | torch.LongTensor:
-        """Where in windows of `width` positions that begin at `lows` stands what scores the `positions`."""
+        """For each row, the indices within its window of the outputs that score `positions`."""
         starts = [one.start for one in positions]
         slots = {start - self.shift - lo for start, lo in zip(starts, lows, strict=True)}
         is_even = len(slots) == 1 and all(
@@ -259,7 +259,7 @@ class ClassifierFreeGuidance:
 
     Args:
         denoiser ([`Denoiser`]): A denoiser for `2 * batch_size` rows, the unconditional ones last.
-        scale (`float`): The host's `guidance_scale`.
+        scale (`float`): `guidance_scale` of Transformers.
         unconditional (`torch.LongTensor` of shape `(batch_size, canvas_length)`):
             What the unconditional rows hold where the canvas is given: mask tokens, or a negative prompt.
         given (`torch.BoolTensor` of shape `(batch_size, canvas_length)`): Where the canvas is given.

@@ -1,6 +1,6 @@
-"""The entries for the host's `custom_generate`: of a repository (`generate`) and as a callable (`decode`).
+"""The entries for `custom_generate` of Transformers: of a repository (`generate`) and as a callable (`decode`).
 
-Owns the forms in which the host calls a custom strategy, and what it adds to the caller's arguments on the way. Knows
+Owns the forms in which Transformers calls a custom strategy, and what it adds to the caller's arguments on the way. Knows
 nothing of how a call becomes a decode.
 """
 
@@ -14,7 +14,7 @@ from .generation_inputs import check_inputs
 from .generation_mixin import FlashDLMGenerationMixin, as_diffusion_model, diffusion_generate
 
 
-# What says where a strategy is loaded from; the host hands it on to the strategy itself.
+# Arguments that say where a strategy is loaded from; Transformers hands them on to the strategy itself.
 LOADING_ARGUMENTS = (
     "cache_dir",
     "code_revision",
@@ -41,7 +41,7 @@ def generate(inputs=None, generation_config=None, *, model, custom_generate=None
     Args:
         inputs (`torch.LongTensor` of shape `(batch_size, prompt_length)`, *optional*): As `input_ids`.
         generation_config (`GenerationConfig`, *optional*): May hold the options of [`DiffusionOptions`], too.
-        model (`PreTrainedModel`): The host fills it in. See [`diffusion_generate`] for what it must be.
+        model (`PreTrainedModel`): Filled in by Transformers. See [`diffusion_generate`] for what it must be.
         custom_generate (*optional*): Another strategy, which then does the work.
         kwargs: As of `generate`, and those of [`FlashDLMGenerationMixin`].
 

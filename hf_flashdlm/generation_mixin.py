@@ -1,8 +1,8 @@
-"""The seam with the host's `generate`.
+"""The seam with `generate` of Transformers.
 
-Owns how a call becomes a decode: which options the host must let through, what is refused at the door, the canvas,
+Owns how a call becomes a decode: which options Transformers must let through, what is refused at the door, the canvas,
 the parts, streaming and the output. Everything else, configuration merging, special tokens, processors, stopping
-criteria, length and typo checks, stays the host's. Knows nothing of how a step chooses tokens.
+criteria, length and typo checks, stays that of Transformers. Knows nothing of how a step chooses tokens.
 """
 
 import copy
@@ -46,7 +46,7 @@ from .streaming import Stream
 from .unmasking import Drafter
 
 
-# What the host offers and a denoised canvas has no meaning for, with the value that asks for nothing.
+# Options of Transformers that make no sense here, each with the value that turns it off.
 _REFUSED = {
     "num_beams": 1,
     "output_scores": False,
@@ -61,9 +61,9 @@ _REFUSED = {
 
 class FlashDLMGenerationMixin(GenerationMixin):
     r"""
-    Gives a masked diffusion language model the host's `generate`, decoding by iterative unmasking.
+    Gives a masked diffusion language model the `generate` of Transformers, decoding by iterative unmasking.
 
-    Beside the host's arguments it takes those of [`DiffusionOptions`] and:
+    Beside the arguments of Transformers it takes those of [`DiffusionOptions`] and:
 
     Args:
         guider (`PreTrainedModel`, [`ARGuider`] or [`CanvasProcessor`], *optional*):
@@ -71,7 +71,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
             with the whole canvas in view.
         generator (`torch.Generator`, *optional*): Source of randomness with `do_sample=True`.
 
-    The host's `compile_config` compiles the forwards of both models, the diffusion model's for static shapes. Without
+    `compile_config` of Transformers compiles the forwards of both models, the diffusion model's for static shapes. Without
     it, and outside of distributed runs, a decode runs in inference mode; what it returns can be trained on.
 
     Returns:
@@ -100,7 +100,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         return extracted | {name: value for name, value in ours.items() if value is not None}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
-        """Hook 2 of 5: keywords of ours, which the host's config would call unknown; refusals."""
+        """Hook 2 of 5: take our keywords, which the config of Transformers does not know, and refuse what makes no sense."""
         for name in kwargs.keys() & PEER_NAMES.keys():
             raise ValueError(f"`{name}` is an option of other implementations: here it is {PEER_NAMES[name]}.")
         if "cache" in kwargs:
@@ -143,7 +143,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         elif model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = FreeCache()
 
-    def _sample(  # noqa: PLR0913, the host's signature
+    def _sample(  # noqa: PLR0913, the signature of Transformers
         self,
         input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
@@ -220,7 +220,7 @@ def _refuse_saved_objects(generation_config) -> None:
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
-    architecture needs. For models whose attention follows the host's `is_causal` (Llama, Qwen2, Qwen3 and others).
+    architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3 and others).
     """
     model.config.is_causal = False
     for module in model.modules():
@@ -289,7 +289,7 @@ def _check_model(model) -> None:
 
 def _without_autograd(compile_config):
     """
-    Inference mode, where the host has turned off gradients only: it spares each operation more. Parameters that are
+    Inference mode, which is cheaper per operation than the `no_grad` of Transformers. Parameters that are
     sharded over processes do not stand it, and to captured graphs it makes no difference.
     """
     is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -297,7 +297,7 @@ def _without_autograd(compile_config):
 
 
 def _split_guidance(logits_processor: LogitsProcessorList):
-    """Take the host's classifier-free guidance, which runs the model itself, out of its processors."""
+    """Take the classifier-free guidance of Transformers, which runs the model itself, out of its processors."""
     kind = UnbatchedClassifierFreeGuidanceLogitsProcessor
     guidance = next((one for one in logits_processor if isinstance(one, kind)), None)
     scale = 1 if guidance is None else guidance.guidance_scale
@@ -318,9 +318,9 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
     given = canvas != mask_token_id
     unconditional, unconditional_mask = torch.full_like(canvas, mask_token_id), canvas_mask
     if layout.negative_ids is not None:
-        behind = (0, canvas.shape[1] - layout.negative_ids.shape[1])
-        unconditional = pad(layout.negative_ids, behind, value=mask_token_id)
-        unconditional_mask = pad(layout.negative_mask, behind, value=1)
+        after = (0, canvas.shape[1] - layout.negative_ids.shape[1])
+        unconditional = pad(layout.negative_ids, after, value=mask_token_id)
+        unconditional_mask = pad(layout.negative_mask, after, value=1)
     denoiser = Denoiser(model, torch.cat([canvas_mask, unconditional_mask]), cache, shift, compile_config)
     return ClassifierFreeGuidance(denoiser, guidance.guidance_scale, unconditional, given)
 

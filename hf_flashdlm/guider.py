@@ -26,13 +26,13 @@ class ARGuider(CanvasProcessor):
     Judges the drafts of a diffusion model with an autoregressive one (Guided Diffusion of FlashDLM,
     https://arxiv.org/abs/2505.21467, section 4). It never supplies a token.
 
-    One forward reads the finished prefix and the drafts behind it. The longest prefix of drafts that it accepts is
+    One forward reads the finished prefix and the drafts after it. The longest prefix of drafts that it accepts is
     written; if it refuses the first, that one is written all the same, so that every step makes progress. A refused
     position comes back with the mask token as its only finite score, an accepted one with its draft as the only one.
 
     At a temperature the drafts are drawn, independently, from the diffusion model's scores divided by it, and judged
     as any others. So the first token of a step, which is written in any case, follows the diffusion model's own
-    distribution; the tokens behind it follow it on condition that they are accepted.
+    distribution; the tokens after it follow it on condition that they are accepted.
 
     Args:
         model (`PreTrainedModel`):
@@ -49,7 +49,7 @@ class ARGuider(CanvasProcessor):
         confidence_threshold (`float`, *optional*, defaults to 0.9):
             With `combine`, the probability from which on the diffusion model is sure.
         beyond_prefix (`bool`, *optional*, defaults to `False`):
-            Leave the drafts of the block behind the first refused one to the unmasking rule of the decode.
+            Leave the drafts of the block after the first refused one to the unmasking rule of the decode.
         gate (`str`, *optional*):
             `"auto"` compares, in each row, some steps with guidance to some without, and stops asking where
             the tokens written per step do not repay the guider's cost. The output says when, in `gate_closed_at`.

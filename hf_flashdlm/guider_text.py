@@ -189,7 +189,7 @@ class TextReader:
 
     def _judge(self, ids: list[list[int]], begins: list[int], longest: int, accept: Callable) -> list[list[bool]]:
         """What the rule says of each row's ids from where it begins on; the one transfer from the device."""
-        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # nothing real stands behind it
+        padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])  # no row reads its own filling
         known = [_common_prefix(seen, row) for seen, row in zip(self.seen, ids, strict=True)]
         start = min(min(begins) - 1, *known)
         kept = min(begins) - 1

@@ -298,7 +298,7 @@ class LLaDAModelLM(FlashDLMGenerationMixin, LLaDAPreTrainedModel):
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
-                The canvas, or the part of it that lies behind the positions in `cache`.
+                The canvas, or the part of it after the positions in `cache`.
             attention_mask (`torch.Tensor` of shape `(batch_size, past_length + sequence_length)`, *optional*):
                 1 for positions to attend to and 0 for padding, over the cached positions, too. A mask of four
                 dimensions is used as it is.

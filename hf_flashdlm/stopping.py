@@ -18,7 +18,7 @@ class RowEnds:
     Args:
         state ([`DenoisingState`]): The state before the first step.
         prompt_length (`int`): End tokens count from here on.
-        pad_token_id (`int`): Fills a row behind its end.
+        pad_token_id (`int`): Fills a row after its end.
         eos_token_ids (`Iterable[int]`, *optional*): End tokens; without them rows fill their canvas.
         stopping_criteria (`list`): Criteria of Transformers or of the caller, called with `(ids, None)`.
         skip (`int`): Columns of the canvas that the caller's prompt does not have.
@@ -32,7 +32,7 @@ class RowEnds:
         self.rows = list(state.rows)  # of the caller's batch, whose tokens stay as the rows ended
         self.generated = [bytes(row.masked) for row in state.rows]  # for each position whether it was to be filled
         self.clean = [row.frontier for row in state.rows]  # prefix that was clean at the last step
-        self.ends = [len(row.masked) + 1 for row in state.rows]  # behind the first end token written
+        self.ends = [len(row.masked) + 1 for row in state.rows]  # after the first end token written
         self.finished = [False] * len(state.rows)
 
     def update(self, state) -> tuple[list[int], list[bool]]:
@@ -105,7 +105,7 @@ class RowEnds:
         return answers.flatten().tolist()
 
     def output(self, device, **guider_statistics) -> DiffusionGenerationOutput:
-        """The output of the call, on `device`, without the first `skip` columns, cut behind its longest row."""
+        """The output of the call, on `device`, without the first `skip` columns, cut after its longest row."""
         longest = max(self.clean)
         sequences = [
             row.tokens[self.skip : end] + [self.pad_token_id] * (longest - end)

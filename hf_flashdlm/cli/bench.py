@@ -34,7 +34,7 @@ def add_commands(subparsers) -> None:
     add("--guider", metavar="DIR_OR_ID", help=guider)
     length = "tokens of a prompt (default: a word problem as it is; 128 with random weights)"
     add("--prompt-length", type=positive, metavar="N", help=length)
-    add("--new-tokens", type=positive, metavar="N", help="tokens of the canvas behind the prompt (default: 256; 64)")
+    add("--new-tokens", type=positive, metavar="N", help="tokens of the canvas after the prompt (default: 256; 64)")
     add("--block-length", type=positive, metavar="N", help="tokens of a block (default: the checkpoint's, else 32)")
     steps = "denoising steps of the methods that do not choose their number (default: one per token)"
     add("--steps", type=positive, metavar="N", help=steps)

@@ -249,7 +249,7 @@ def demo(args: argparse.Namespace) -> None:
 
 
 def quiet_host(progress_bars: bool) -> None:
-    """Keep the host's hints out of the output, and its progress bars unless they are wanted."""
+    """Keep hints of Transformers out of the output, and its progress bars unless they are wanted."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

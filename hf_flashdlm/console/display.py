@@ -31,7 +31,7 @@ class CanvasStreamer:
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Turns ids into text.
         mask_token_id (`int`): The id of a masked position.
-        end_token_ids (`set[int]`): What is behind one of these is not shown.
+        end_token_ids (`set[int]`): Text after one of these is not shown.
         show (`Callable`): Is called with a `rich.text.Text` after each step, for example `rich.live.Live.update`. The
             rows of a batch stand below each other, an empty line between them.
         mask (`str`, *optional*, defaults to `"░"`): Drawn for each masked position.

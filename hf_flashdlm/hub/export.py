@@ -1,7 +1,7 @@
 """Repositories for the Hugging Face Hub: folders built from these very source files.
 
 Owns what lies in a repository of each kind (weights with code, code alone, a guider, the strategy alone) and the
-cards. Which source files belong together is the host's to say. Knows nothing of decoding and of uploads.
+cards. Which source files belong together is for Transformers to say. Knows nothing of decoding and of uploads.
 """
 
 import json
@@ -43,8 +43,11 @@ from .loading import bounded, load_config, load_tokenizer, load_weights, refusin
 MODELS = {LLaDAConfig.model_type: (LLaDAConfig, LLaDAModelLM), DreamConfig.model_type: (DreamConfig, DreamModel)}
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 SERVED_AS = "AutoModelForCausalLM"  # `transformers serve` looks `architectures` up in the library alone
-STRATEGY = "custom_generate"  # the folder that the host looks for
-REQUIREMENTS = ("torch>=2.6", "transformers>=5.18")  # one `name OPERATOR version` a line is all that the host reads
+STRATEGY = "custom_generate"  # the folder that Transformers looks for
+REQUIREMENTS = (
+    "torch>=2.6",
+    "transformers>=5.18",
+)  # one `name OPERATOR version` a line is all that Transformers reads
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # what a checkpoint is fetched for
 
 # huggingface_hub has changed its HTTP library before; its own error knows which one it is.
@@ -264,7 +267,7 @@ def _generation_config(source: Path, checkpoint: str, config: PreTrainedConfig) 
     """The checkpoint's, our options included, completed so that a pipeline adds nothing of its own."""
     path = source / "generation_config.json"
     values = _read_json(path, checkpoint) if path.is_file() else {}
-    # The host would drop our options from a file with this mark.
+    # Transformers would drop our options from a file with this mark.
     values.pop("_from_model_config", None)
     special = {name: getattr(config, name) for name in ("eos_token_id", "pad_token_id", "mask_token_id")}
     values = {"do_sample": False, "max_new_tokens": 128} | special | values
@@ -276,7 +279,7 @@ def _generation_config(source: Path, checkpoint: str, config: PreTrainedConfig) 
 
 def _tokenizer(source: Path, checkpoint: str) -> PreTrainedTokenizerBase:
     """The tokenizer, set to pad as a batch of prompts needs it."""
-    # Without its files the host would make up an empty one.
+    # Without its files Transformers would make up an empty one.
     if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ValueError(f"`checkpoint` must have a tokenizer, which {checkpoint!r} has not.")
     # Dream's tokenizer is Qwen2's, whose name loads without this package and without remote code.
@@ -315,7 +318,7 @@ def _new_directory(directory: str | Path, source: Path | None = None) -> Iterato
 
 
 def _save_code(model: PreTrainedModel, directory: Path) -> None:
-    """Copy the source files of `model` and name its classes in `model.config`, by the host's means."""
+    """Copy the source files of `model` and name its classes in `model.config`, by the means of Transformers."""
     config = model.config
     config.auto_map = {}
     config.architectures = [SERVED_AS]

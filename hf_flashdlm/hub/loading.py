@@ -42,7 +42,7 @@ class LimitReached(RuntimeError):
 
 @contextmanager
 def bounded(seconds: float = SECONDS, memory: int = BYTES) -> Iterator[None]:
-    """Raise [`LimitReached`] after so much processor time, `MemoryError` beyond so many more bytes."""
+    """Raise [`LimitReached`] after `seconds` of processor time, `MemoryError` beyond this many more bytes."""
     with ExitStack() as stack:
         if resource is not None and Path("/proc/self/statm").is_file():
             before = resource.getrlimit(resource.RLIMIT_AS)
@@ -242,7 +242,7 @@ def load_tokenizer(option: str, name: str, kind=AutoTokenizer) -> PreTrainedToke
             if setting.endswith("_file") and value is not None and Path(value).name != value:
                 raise ValueError(f"its `{setting}` is {value!r}, which lies elsewhere.")
         tokenizer = kind.from_pretrained(name, padding_side="left", trust_remote_code=False)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # the host makes an empty one where the files are missing
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # Transformers makes an empty one where the files are missing
         raise ValueError(f"`{option}` must have a tokenizer, got {name!r}: it has no vocabulary.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
