@@ -62,8 +62,8 @@ class Denoiser:
         cache (`FreeCache`, *optional*): A fresh cache; without one every forward starts from the window's tokens.
         logits_shift (`int`): 1 for models whose output at position p - 1 scores position p (Dream), else 0.
         compile_config (`CompileConfig`, *optional*):
-            Compile the forward, as Transformers does, for static shapes: windows are filled up with copies of their last
-            position, queries see all keys through a mask. The first forward, which makes the buffers, stays eager.
+            Compile the forward, as Transformers does, for static shapes: windows are filled up with copies of their
+            last position, queries see all keys through a mask. The first forward, which makes the buffers, is eager.
     """
 
     def __init__(

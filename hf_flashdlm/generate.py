@@ -1,7 +1,7 @@
 """The entries for `custom_generate` of Transformers: of a repository (`generate`) and as a callable (`decode`).
 
-Owns the forms in which Transformers calls a custom strategy, and what it adds to the caller's arguments on the way. Knows
-nothing of how a call becomes a decode.
+Owns the forms in which Transformers calls a custom strategy, and what it adds to the caller's arguments on the way.
+Knows nothing of how a call becomes a decode.
 """
 
 import inspect

@@ -71,8 +71,8 @@ class FlashDLMGenerationMixin(GenerationMixin):
             with the whole canvas in view.
         generator (`torch.Generator`, *optional*): Source of randomness with `do_sample=True`.
 
-    `compile_config` of Transformers compiles the forwards of both models, the diffusion model's for static shapes. Without
-    it, and outside of distributed runs, a decode runs in inference mode; what it returns can be trained on.
+    `compile_config` of Transformers compiles the forwards of both models, the diffusion model's for static shapes.
+    Without it, and outside of distributed runs, a decode runs in inference mode; what it returns can be trained on.
 
     Returns:
         `torch.LongTensor` of shape `(batch_size, sequence_length)`, prompt included, or with
@@ -100,7 +100,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         return extracted | {name: value for name, value in ours.items() if value is not None}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
-        """Hook 2 of 5: take our keywords, which the config of Transformers does not know, and refuse what makes no sense."""
+        """Hook 2 of 5: take our keywords, which no config of Transformers knows, and refuse what makes no sense."""
         for name in kwargs.keys() & PEER_NAMES.keys():
             raise ValueError(f"`{name}` is an option of other implementations: here it is {PEER_NAMES[name]}.")
         if "cache" in kwargs:
@@ -220,7 +220,7 @@ def _refuse_saved_objects(generation_config) -> None:
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
-    architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3 and others).
+    architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3, others).
     """
     model.config.is_causal = False
     for module in model.modules():
