@@ -1,7 +1,7 @@
 """Block-causal attention: a position sees its own block and the blocks before it.
 
 Owns which positions belong to which attention block, the mask that follows from it, and how a model of Transformers is
-told. Knows nothing of steps, caches' contents, or where a step may write.
+given it. Knows nothing of steps, of what caches hold, or where a step may write.
 
 Shapes: B batch, T positions fed to a forward, K keys attended to.
 """
@@ -93,9 +93,10 @@ def _check(model: PreTrainedModel, block_length: int, origin: str) -> None:
     check_block_length("block_length", block_length)
     check_block_origin("origin", origin)
     config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
-    if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None) is not None:
-        kinds.add("sliding_attention")
+    layer_types = getattr(config, "layer_types", None)
+    if layer_types is None and getattr(config, "sliding_window", None) is not None:
+        layer_types = ["sliding_attention"]
+    kinds = set(layer_types or ()) - {"full_attention"}
     if kinds:
         raise ValueError(
             f"`model` must attend to the whole context in every layer, got {type(model).__name__} with "
@@ -124,7 +125,8 @@ def _mask_blocks(decoder: PreTrainedModel, args: tuple, kwargs: dict):
 
 def _blocks(inputs, given: dict, length: int, columns: bool) -> tuple[torch.LongTensor, torch.LongTensor]:
     """The blocks of the keys and of the positions fed, each `(batch_size or 1, number)`."""
-    cache, mask, position_ids = given.get(CACHE_NAME), given.get("attention_mask"), given.get("position_ids")
+    cache = given.get(CACHE_NAME, given.get("past_key_values"))  # code outside of Transformers keeps the older name
+    mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     past, num_fed = 0, inputs.shape[1]
     num_keys = num_fed
     if cache is not None:

@@ -8,12 +8,12 @@ from transformers import PreTrainedConfig
 
 REASONS = {
     "wedlm": (
-        "WeDLM reorders tokens under causal attention, which is not supported: decode it with its own code, or load "
-        "an SDAR checkpoint"
+        "WeDLM reorders tokens under causal attention, which is not supported: load it with its own code, in a "
+        "process that does not import hf_flashdlm"
     ),
     "llada2_moe_veomni": (
-        "this is LLaDA2 in the format of its trainer dFactory, with stacked experts, which is not supported: convert "
-        "it to the Hub's format with dFactory's script"
+        "LLaDA2 in the format of its trainer dFactory, with stacked experts, is not supported: convert it to the "
+        "Hub's format with dFactory's script"
     ),
 }
 
