@@ -1,6 +1,5 @@
 """What the guider keeps from step to step: its cache, and nothing that waits for the device."""
 
-
 import pytest
 import torch
 from cases import ENDS, MASK, PROMPTS
