@@ -189,7 +189,10 @@ class ARGuider(CanvasProcessor):
         prefix = judged & (refused == 0)
         self.counts.append((self.rows, asked, judged, prefix))
         written = prefix | (judged & (positions == frontier[:, None]).to(scores.device))
-        # 4. The verdict as scores.
+        # 4. The verdict as scores. The loop drafts from scores, with a guider as without: it needs no second path and
+        # does not know of guiders, other processors can follow, and a rule of the decode may choose among the rest.
+        # The price is a second pass over the vocabulary, in which a draft that was accepted has probability 1 and a
+        # refused position nothing but the mask token. Beside the forwards of two models it is small.
         kept = torch.where(written, drafts, self.mask_token_id)
         decided = torch.full_like(scores, -torch.inf).scatter_(-1, kept[..., None], 0.0)
         if self.beyond_prefix:

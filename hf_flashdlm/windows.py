@@ -98,7 +98,8 @@ class BlockWindow:
         length = len(row.tokens)
         if row.block_nfe == 0:
             return Window(0, length, length, 0)
-        return Window(row.block_start, row.block_stop if self.dual else length, length, 0)
+        lo = min(row.block_start, row.frontier)  # masks inside the prompt belong to the first block
+        return Window(lo, row.block_stop if self.dual else length, length, 0)
 
 
 @dataclass
