@@ -95,7 +95,7 @@ class RowEnds:
         if isinstance(answer, bool):
             return answer
         answers = torch.as_tensor(answer).bool()
-        if answers.numel() == 1 and answers.ndim == 0:
+        if answers.numel() == 1:  # which Transformers broadcasts
             return bool(answers)
         if answers.numel() != len(self.rows):
             raise ValueError(

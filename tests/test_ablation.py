@@ -18,7 +18,7 @@ from hf_flashdlm.guider import ARGuider
 from hf_flashdlm.tiny import FOLDER as TINY
 
 
-def test_every_row_of_the_ablation_has_options_that_generate_takes():
+def test_every_row_of_the_ablation_has_options_that_generate_takes(tiny):
     table = settings(64, 8, ["small", "large"], [200])
     for setting in table:
         options = setting.recipe.options
@@ -26,7 +26,7 @@ def test_every_row_of_the_ablation_has_options_that_generate_takes():
             name: options[name] for name in options.keys() - {"do_sample", "temperature"}
         }  # the other options are those of Transformers
         DiffusionOptions(**ours).tiling(64)
-        ARGuider(None, **setting.recipe.rule)
+        ARGuider(tiny("guider"), **setting.recipe.rule)
     names = [(setting.group, setting.recipe.name) for setting in table]
     assert len(set(names)) == len(names), "two rows have the same name"
     assert {name for parts in PART_COMBINATIONS for name in parts.split()} == set(PARTS)

@@ -184,10 +184,10 @@ def test_shapes_of_the_large_models(name, guider):
     assert sizes[1] == pytest.approx({None: 1.5, "qwen2.5-0.5b": 0.48}[guider], abs=0.06)
 
 
-def test_every_method_has_options_that_generate_takes():
+def test_every_method_has_options_that_generate_takes(tiny):
     for recipe in recipes(16, 4).values():
         DiffusionOptions(**recipe.options)
-        ARGuider(None, **recipe.rule)
+        ARGuider(tiny("guider"), **recipe.rule)
     assert list(recipes(16, 4))[:2] == ["plain", "plain-eos"]
 
 
