@@ -207,6 +207,35 @@ def test_the_frontier_holds_what_nothing_beats():
 
     rows = [dict(nfe=nfe, accuracy=accuracy) for nfe, accuracy in ((8, 0.9), (4, 0.5), (6, 0.4), (9, 0.9), (4, 0.6))]
     assert pareto_rows(rows) == [dict(nfe=4, accuracy=0.6), dict(nfe=8, accuracy=0.9)]
+    costs = [dict(seconds=one["nfe"], accuracy=one["accuracy"]) for one in rows]
+    assert pareto_rows(costs, "seconds") == [dict(seconds=4, accuracy=0.6), dict(seconds=8, accuracy=0.9)]
+
+
+def test_the_groups_of_the_tradeoff_are_few_and_each_has_rows():
+    pytest.importorskip("matplotlib")
+    from hf_flashdlm.bench.plots import WRITERS, writer
+
+    results = Path(__file__).parents[1] / "examples" / "results" / "ablation.json"
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    assert {writer(row) for row in rows} == set(WRITERS) and len(WRITERS) <= 6
+
+
+def test_labels_of_the_tradeoff_are_beside_each_other_and_over_no_point():
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    from hf_flashdlm.bench.plots import _label
+
+    figure, panel = pyplot.subplots(figsize=(8, 6))
+    members = [(share / 10, share / 10) for share in range(1, 10)]
+    panel.set(xlim=(0, 1), ylim=(0, 1))
+    taken = [panel.transData.transform(member) for member in members]
+    labels = []
+    for text in ("first", "second", "third"):
+        _label(panel, text, members, "black", taken, labels)
+    pyplot.close(figure)
+    for index, (low, high) in enumerate(labels):
+        assert not any((low < point).all() and (point < high).all() for point in taken)
+        assert not any((low < stop).all() and (start < high).all() for start, stop in labels[:index])
+        assert (low >= panel.bbox.min).all() and (high <= panel.bbox.max).all()
 
 
 def test_the_interval_is_wilsons():
