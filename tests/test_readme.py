@@ -122,3 +122,9 @@ def test_the_table_of_the_demo_is_its_record(row):
         f"{row['seconds']:.1f}",
         *(f"{row[name]:.1f}x" for name in ("speed_over_full_canvas", "speed_over_eos_stop")),
     ]
+
+
+def test_the_first_snippet_prints_an_answer(capsys):
+    snippet = README.split("```python\n")[1].split("```")[0]
+    exec(compile(snippet, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip().endswith("#### 7")
