@@ -58,10 +58,15 @@ def main(argv: list[str] | None = None, prepare: Callable[[], object] = lambda: 
             return 141
         except (ValueError, OSError) as error:
             return refuse(error)
+        except Exception as error:  # of a library, at a model whose files do not fit together
+            if sys.flags.dev_mode:
+                raise
+            said = str(error).strip().partition("\n")[0]
+            return refuse(f"{type(error).__name__}: {said} (`python -X dev -m hf_flashdlm` shows where it arose)")
     return 0
 
 
-def refuse(error: Exception) -> int:
+def refuse(error: Exception | str) -> int:
     """Say in one line what the mistake is; the exit code."""
     message = f"{error.filename}: {error.strerror}." if isinstance(error, OSError) and error.strerror else str(error)
     print(visible(re.sub(r"\s*\n\s*", " ", f"flashdlm: {message}")), file=sys.stderr)

@@ -97,9 +97,9 @@ def export_guider(checkpoint: str, directory: str | Path, repo_id: str, card: st
     check_repo_id(repo_id)
     source = _fetch(checkpoint)
     settings = {"config.json": _config_dict(source, checkpoint)}
-    if settings["config.json"].get("model_type") in MODELS:
-        raise ValueError(f"`checkpoint` must be an autoregressive model, got the diffusion model {checkpoint!r}.")
     config = load_config("checkpoint", str(source))
+    if config.model_type in MODELS:
+        raise ValueError(f"`checkpoint` must be an autoregressive model, got the diffusion model {checkpoint!r}.")
     weights = _whole_weights(source, checkpoint, config)
     if (source / "generation_config.json").is_file():
         settings["generation_config.json"] = _read_json(source / "generation_config.json", checkpoint)

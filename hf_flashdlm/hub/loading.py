@@ -9,6 +9,7 @@ import json
 import re
 import signal
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -56,10 +57,10 @@ def bounded(seconds: float = SECONDS, memory: int = BYTES) -> Iterator[None]:
             def out_of_time(*_):
                 raise LimitReached(f"it takes more than {seconds} seconds.")
 
-            handler = signal.signal(signal.SIGVTALRM, out_of_time)
-            stack.callback(signal.signal, signal.SIGVTALRM, handler)
-            stack.callback(signal.setitimer, signal.ITIMER_VIRTUAL, 0)
-            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+            handler = signal.signal(signal.SIGPROF, out_of_time)
+            stack.callback(signal.signal, signal.SIGPROF, handler)
+            stack.callback(signal.setitimer, signal.ITIMER_PROF, 0)
+            signal.setitimer(signal.ITIMER_PROF, seconds, 1)  # again and again, as Jinja swallows errors of constants
         yield
 
 
@@ -82,7 +83,7 @@ def reason(error: BaseException) -> str:
     if isinstance(error, RecursionError):
         return "it never ends."
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, (KeyError, AttributeError, TypeError, ZeroDivisionError)) or not lines:
+    if isinstance(error, (LookupError, AttributeError, TypeError, ZeroDivisionError)) or not lines:
         lines = [" ".join([type(error).__name__, *lines[:1]])]
     return " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
 
@@ -194,7 +195,7 @@ def check_size(option: str, name: str, config: PreTrainedConfig, stored: dict[st
     layers = getattr(config.get_text_config(), "num_hidden_layers", None)
     if isinstance(layers, int) and layers > len(stored):
         raise ValueError(f"{place} it counts {layers} layers, and there are {len(stored)} tensors.")
-    with refusing(place), bounded(), torch.device("meta"):
+    with refusing(place), bounded(), warnings.catch_warnings(action="ignore"), torch.device("meta"):
         count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
     held = sum(number for number, _ in stored.values())
     if getattr(config, "quantization_config", None) is not None:  # several weights in an element
