@@ -280,6 +280,11 @@ def _check_model(model) -> None:
             f"`model` must be a bidirectional masked diffusion model, got {type(model).__name__} with causal "
             "attention: if its weights were trained for diffusion, call `make_bidirectional(model)`."
         )
+    if getattr(model.config.get_text_config(), "attention_block_length", None) is not None:
+        raise ValueError(
+            f"`model` must attend to the whole canvas, got {type(model).__name__} with block-causal attention, which "
+            "`generate` cannot decode yet: call its forward, or decode it with its own code."
+        )
     if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         raise ValueError(
             f"`model` must attend to the whole canvas in every layer, got {type(model).__name__} with sliding "
