@@ -85,7 +85,7 @@ def check_guidance(output, guider):
     asked = torch.tensor([len(row) for row in lengths])
     assert accepted.tolist() == [sum(row) for row in lengths]
     assert output.guider_forwards.tolist() == asked.tolist()
-    assert (accepted <= judged).all() and (judged <= asked * guider.num_drafts).all()
+    assert (accepted <= judged).all() and (judged <= asked * min(guider.num_drafts, 10**6)).all()
     assert all(0 <= length <= guider.num_drafts for row in lengths for length in row)
     assert 0 < output.guider_time_share < 1
     if guider.gate is None:

@@ -33,7 +33,7 @@ prompts = st.lists(st.lists(st.integers(70, 500) | st.just(MASK), min_size=1, ma
 policies = st.sampled_from(list(POLICIES.values()))
 calls = st.fixed_dictionaries(
     {
-        "block_length": st.sampled_from([3, 4, 16]),
+        "block_length": st.sampled_from([3, 4, 9]),
         "confidence_threshold": st.sampled_from([0.02, 0.9]),
         "eos_token_id": st.sampled_from([None, ENDS]),
         "max_new_tokens": st.sampled_from([9, 28]),
@@ -58,19 +58,20 @@ def check(decode, pair, case, **reading):
         in_batch = batch.sequences[row, longest - len(prompt) :].tolist()
         assert in_batch == text + [0] * (len(in_batch) - len(text))
         for field in ("guider_forwards", "drafts_judged", "drafts_accepted", "gate_closed_at"):
-            assert batch[field] is alone[field] or batch[field][row] == alone[field][0]
+            together, by_itself = getattr(batch, field), getattr(alone, field)
+            assert together is by_itself or together[row] == by_itself[0]
         assert batch.accepted_lengths[row] == alone.accepted_lengths[0]
         if not judge.beyond_prefix:  # which keeps to the block, so that rows may wait for each other at its end
             assert batch.nfe[row] == alone.nfe[0]
 
 
-@settings(max_examples=30)
+@settings(max_examples=12)
 @given(cases)
 def test_a_guided_row_is_the_same_alone_and_in_a_batch(decode, pair, case):
     check(decode, pair, case)
 
 
-@settings(max_examples=10)
+@settings(max_examples=4)
 @given(cases)
 def test_so_is_a_row_that_is_read_as_text(decode, pair, tokenizer, case):
     check(decode, pair, case, reads_text=True, tokenizer=tokenizer, canvas_tokenizer=tokenizer)
