@@ -1,130 +1,237 @@
-"""The figures of the README are those of the committed records."""
+"""The pages hold what their records, the code and the command line hold, and run as they are written."""
 
+import ast
 import json
-from pathlib import Path
-from statistics import median
+import re
 
 import pytest
+import torch
+from pages import NAMES, ROOT, commands, marked, page, rows, section, snippets
+from transformers import AutoModelForCausalLM
 
+from hf_flashdlm import METHODS, DiffusionOptions
 from hf_flashdlm.bench.comparison import report_comparison
+from hf_flashdlm.cli.main import make_parser
+from hf_flashdlm.tiny import FOLDER
 
 
-REPOSITORY = Path(__file__).parents[1]
-README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-CELLS = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines() if line.startswith("|")]
+# Tables against their records
 
 
-def record(name):
-    return json.loads((REPOSITORY / "examples" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+def expect_demo(record, shown):
+    """All methods, all figures."""
+    yield [*shown[0]]
+    for row in record["methods"]:
+        low, high = (100 * bound for bound in row["accuracy_interval"])
+        yield [
+            row["name"],
+            f"{100 * row['accuracy']:.1f} ({low:.0f}-{high:.0f})",
+            *(f"{row[name]:.1f}" for name in ("nfe", "guider_forwards")),
+            f"{row['active_tokens']:.0f}",
+            f"{row['tokens_per_forward']:.2f}",
+            f"{row['seconds']:.1f}",
+            *(f"{row[name]:.1f}x" for name in ("speed_over_full_canvas", "speed_over_eos_stop")),
+        ]
 
 
-def test_the_speed_table_is_what_bench_shows_of_its_record():
-    assert f"```\n{report_comparison(record('bench'))}\n```" in README
+def expect_ablation(record, shown):
+    """The figures of the rows that are shown."""
+    known = {(row["group"], row["name"]): row for row in record["rows"]}
+    yield [*shown[0]]
+    for group, name, *_ in shown[1:]:
+        row = known[group, name]
+        counts = (f"{row[count]:.2f}" for count in ("nfe", "guider_forwards"))
+        yield [group, name, f"{100 * row['accuracy']:.1f}", *counts, f"{row['seconds']:.1f}"]
 
 
-@pytest.mark.parametrize("method", ["freecache+window+threshold", "guided+window+intersection", "ar"])
-def test_tokens_per_second_grow_with_the_batch_where_windows_are_narrow(method):
-    rows = {row["batch_size"]: row for row in record("bench")["rows"] if row["method"] == method}
-    assert list(rows) == [1, 4, 16]
-    assert rows[1]["tokens_per_second"] < rows[4]["tokens_per_second"] < rows[16]["tokens_per_second"]
+def expect_guiders(record, shown):
+    """All guiders; what is after a comma in their name is a remark."""
+    sizes = {name: model["parameters"] for name, model in record["models"].items()}
+    remarks = {name.split(",")[0]: name for name, *_ in shown}
+    yield [*shown[0]]
+    for name in sizes.keys() - {"model"}:
+        yield [remarks[name], f"{sizes[name]:,}", f"{sizes[name] / sizes['model']:.2f}"]
 
 
-def test_the_table_of_guiders_is_of_the_ablation():
-    rows = {(row["group"], row["name"]): row for row in record("ablation")["rows"]}
-    shown = [cells for cells in CELLS if len(cells) == 6 and tuple(cells[:2]) in rows]
-    assert len(shown) >= 10
-    for group, name, *figures in shown:
-        row = rows[group, name]
-        expected = [f"{100 * row['accuracy']:.1f}", f"{row['nfe']:.2f}", f"{row['guider_forwards']:.2f}"]
-        assert figures == [*expected, f"{row['seconds']:.1f}"]
+def expect_profile(record, shown):
+    """A row for each part, a column for each method."""
+    methods = {row["method"]: row["microseconds_per_step"] for row in record["rows"]}
+    yield ["microseconds per step", *methods]
+    for part in {part for parts in methods.values() for part in parts}:
+        yield [part, *(f"{parts.get(part, 0):.0f}" for parts in methods.values())]
 
 
-def test_the_time_outside_of_a_forward_is_that_of_the_record():
-    rows = [row for row in record("bench")["rows"] if row["batch_size"] == 1 and row["method"] != "ar"]
-    rows = [row for row in rows if row["guider_forwards"] == 0]
-    forwards = [row["num_rows"] * row["nfe"] for row in rows]
-    outside = [1000 * row["seconds"] * row["outside_forwards_share"] for row in rows]
-    milliseconds = [f"{one / count:.1f}" for one, count in zip(outside, forwards, strict=True)]
-    assert f"forwards are {min(milliseconds)} to {max(milliseconds)} ms at batch 1" in " ".join(README.split())
+def expect_reference(record, shown):
+    """A row for each loop, a column for each batch size."""
+    pairs = {(row["like"], row["batch_size"]): row for row in record["rows"] if row["like"] is not None}
+    sizes = sorted({size for _, size in pairs})
+    yield ["loop of", *(f"batch {size}" for size in sizes)]
+    for loop in {loop for loop, _ in pairs}:
+        yield [loop, *(f"{pairs[loop, size]['speed_over_like']:.2f}x" for size in sizes)]
 
 
-def test_the_profile_of_a_step_is_its_record():
-    rows, shares = record("profile")["rows"], []
-    shown = {cells[0]: cells[1:] for cells in CELLS}
-    assert shown["microseconds per step"] == [row["method"] for row in rows]
-    for index, row in enumerate(rows):
-        parts = dict(row["microseconds_per_step"])
-        assert {part: shown[part][index] for part in parts} == {part: f"{one:.0f}" for part, one in parts.items()}
-        del parts["set-up of the call"]
-        forwards = sum(one for part, one in parts.items() if part.startswith("forward"))
-        shares.append(f"{100 * (1 - forwards / sum(parts.values())):.0f} %")
-    text = "Of a step without the set-up of its call {}, {} and {} are not inside a forward."
-    assert text.format(*shares) in " ".join(README.split())
+def expect_long(record, shown):
+    """The one row."""
+    (row,) = record["rows"]
+    length = re.search(r"--prompt-length (\d+)", record["command"])[1]
+    yield [*shown[0]]
+    yield [length, *(f"{row[name] / 1e6:.0f}" for name in ("kept_bytes", "peak_memory_bytes"))]
 
 
-def test_the_comparison_with_other_loops_is_its_record():
-    rows, text = record("reference")["rows"], " ".join(README.split())
-    pairs = [row for row in rows if row["like"] is not None]
-    assert all(row["equal_share"] > 0.9 for row in pairs) and len(pairs) == 21
-    shown = {cells[0]: cells[1:] for cells in CELLS}
-    for row in pairs:
-        assert shown[row["like"]][[1, 4, 16].index(row["batch_size"])] == f"{row['speed_over_like']:.2f}x"
-    assert f"The median is {median(row['speed_over_like'] for row in pairs):.2f}x" in text
-    assert all(row["speed_over_like"] > 1 for row in pairs)
-    others = [row for row in rows if row["like"] is None and row["batch_size"] == 1]
-    bounds = [f"{1 / (1 - row['outside_forwards_share']):.2f}" for row in others]
-    assert f"a loop that cost nothing would be {min(bounds)} to {max(bounds)} times as fast" in text
+EXPECTED = {
+    "demo.json": expect_demo,
+    "ablation.json": expect_ablation,
+    "ablation.json, models": expect_guiders,
+    "profile.json": expect_profile,
+    "reference.json": expect_reference,
+    "long.json": expect_long,
+}
+RESULTS = "from examples/results/"
+MARKS = [(name, mark.removeprefix(RESULTS), block) for name in NAMES for mark, block in marked(name)]
 
 
-def test_the_memory_of_a_long_prompt_is_that_of_its_record():
-    (row,) = record("long")["rows"]
-    kept, peak = (f"{row[name] / 1e6:.0f} MB" for name in ("kept_bytes", "peak_memory_bytes"))
-    assert f"keeps {kept} of keys and values and peaks at {peak} beside" in " ".join(README.split())
+def record(mark):
+    return json.loads((ROOT / "examples" / "results" / mark.partition(",")[0]).read_text(encoding="utf-8"))
 
 
-def test_what_is_said_of_the_guiders_is_what_the_ablation_found():
-    ablation, text = record("ablation"), " ".join(README.split())
-    sizes = {name: model["parameters"] for name, model in ablation["models"].items()}
-    guider, early, small, large = (
-        f"{sizes[name] / sizes['model']:.2f}" for name in ("guider", "early", "small", "large")
-    )
-    assert f"have {guider}, {early} (early: trained for less long), {small} (small) and {large} (large) of" in text
-    rows = {(row["group"], row["name"]): row for row in ablation["rows"]}
-    assert f"of the {len(ablation['rows'])} rows" in text
-    unguided = rows["unguided rules", "Frechet 0.5, block 4"]
-    both = rows["guider size", "guider: guider + intersection"]
-    windowed = rows["parts", "EOS + FreeCache + window + guider + intersection"]
-    forwards, seconds = both["nfe"] / unguided["nfe"], windowed["seconds"] / unguided["seconds"]
-    assert f"takes {forwards:.2f} of its forwards, and with a window of 16 {seconds:.2f} of its seconds" in text
-    alone = rows["guider alone", "guider"]
-    assert f"it takes {alone['seconds']:.1f} s and gets {100 * alone['accuracy']:.1f} % right" in text
+@pytest.mark.parametrize(
+    ("mark", "table"), [(mark, block) for _, mark, block in MARKS if mark in EXPECTED], ids=lambda part: part[:20]
+)
+def test_a_marked_table_is_its_record(mark, table):
+    shown = rows(table)
+    first, *others = EXPECTED[mark](record(mark), shown)
+    assert shown[0] == first
+    assert sorted(shown[1:]) == sorted(others)
 
 
-def test_the_best_guided_setting_meets_the_target():
-    """Within a point of the best plain order at half of the forwards that suffice without a guider, and sooner."""
-    ablation = record("ablation")
-    sizes = {name: model["parameters"] for name, model in ablation["models"].items()}
-    best = max(row["accuracy"] for row in ablation["rows"] if row["is_plain"])
-    close = [row for row in ablation["rows"] if row["accuracy"] >= best - 0.01 - 1e-9]
-    close = [row for row in close if row["group"] not in ("sampling", "guider alone")]
-    unguided = [row for row in close if row["guider"] is None]
-    guided = [row for row in close if row["guider"] is not None and 4 * sizes[row["guider"]] <= sizes["model"]]
-    forwards, seconds = (min(row[name] for row in unguided) for name in ("nfe", "seconds"))
-    assert any(row["nfe"] <= forwards / 2 and row["seconds"] < seconds for row in guided)
+def test_every_kind_of_mark_is_on_a_page_and_checked():
+    assert {mark for _, mark, _ in MARKS} == {*EXPECTED, "bench.json", "methods", "settings"}
 
 
-@pytest.mark.parametrize("row", record("demo")["methods"], ids=lambda row: row["name"])
-def test_the_table_of_the_demo_is_its_record(row):
-    (cells,) = [cells for cells in CELLS if cells[0] == row["name"]]
-    expected = [f"{row[name]:.1f}" for name in ("nfe", "guider_forwards")]
-    assert cells[1].split()[0] == f"{100 * row['accuracy']:.1f}" and cells[2:4] == expected
-    assert cells[6:] == [
-        f"{row['seconds']:.1f}",
-        *(f"{row[name]:.1f}x" for name in ("speed_over_full_canvas", "speed_over_eos_stop")),
-    ]
+@pytest.mark.parametrize("name", NAMES)
+def test_every_mark_has_a_table(name):
+    assert page(name).count("\n<!-- ") == len(marked(name))
 
 
-def test_the_first_snippet_prints_an_answer(capsys):
-    snippet = README.split("```python\n")[1].split("```")[0]
-    exec(compile(snippet, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip().endswith("#### 7")
+def test_the_bench_is_shown_as_it_is_printed():
+    (block,) = [block for _, mark, block in MARKS if mark == "bench.json"]
+    assert block == f"```\n{report_comparison(record('bench.json'))}\n```\n"
+
+
+def settings(cell):
+    """The keywords in a cell of code."""
+    (call,) = ast.parse(f"f({cell.strip('`')})").body
+    return {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.value.keywords}
+
+
+def test_the_methods_are_those_of_the_code():
+    (table,) = [block for _, mark, block in MARKS if mark == "methods"]
+    shown = {name.strip("`"): settings(line) for name, line, _ in rows(table)[1:]}
+    assert shown == METHODS and len(rows(table)) == 1 + len(METHODS)
+
+
+@pytest.mark.parametrize(
+    "line", [line for _, mark, block in MARKS if mark == "settings" for _, line in rows(block)[1:]]
+)
+def test_the_settings_of_a_variant_are_options(line):
+    keywords = settings(line)
+    own = {name: value for name, value in keywords.items() if name != "guidance_scale"}
+    DiffusionOptions(**DiffusionOptions.expand(own))
+
+
+# Length, links, commands
+
+
+def test_the_readme_has_at_most_1500_words():
+    assert len(page("README.md").split()) <= 1500
+
+
+def anchors(name):
+    """Of the titles, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)", page(name), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page(name)):
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            found = ((ROOT / name).parent / path if path else ROOT / name).resolve()
+            assert found.exists(), target
+            if anchor:
+                assert anchor in anchors(found.relative_to(ROOT).as_posix()), target
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_files_that_are_named_exist(name):
+    text = page(name)
+    for path in re.findall(r"\bpython (\S+\.py)", text) + re.findall(r"\bbash (\S+\.sh)", text):
+        assert (ROOT / path).is_file(), path
+    for path in re.findall(r"`((?:examples|tests|hf_flashdlm|model_cards)/[\w./-]*)`", text):
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_commands_are_those_of_the_makefile_and_of_the_command_line(name):
+    targets = re.findall(r"^([\w-]+):", page("Makefile"), re.MULTILINE)
+    for words in commands(page(name), "make"):
+        assert words[0] in targets
+    for words in commands(page(name), "flashdlm"):
+        make_parser().parse_args(words)
+    assert page(name).count("\nmake ") == len(commands(page(name), "make"))
+    assert page(name).count("\nflashdlm ") == len(commands(page(name), "flashdlm"))
+
+
+def test_the_tree_names_every_file_of_the_library():
+    tree = section("README.md", "Where things are")
+    named = {*re.findall(r"\w+\.py", tree)}
+    library = {path.name for path in (ROOT / "hf_flashdlm").glob("*.py") if not path.name.startswith("__")}
+    assert {name for name in library if not name.startswith(("configuration_", "modeling_"))} <= named
+    assert named <= library
+    assert {*re.findall(r"^  (\w+)/", tree, re.MULTILINE)} == {
+        path.parent.name for path in (ROOT / "hf_flashdlm").glob("*/__init__.py")
+    }
+
+
+# Snippets
+
+
+def test_the_snippets_of_the_readme_run_one_after_the_other(capsys):
+    here = page("README.md").replace(section("README.md", "On the Hub"), "")
+    first, guided, own = snippets(here)
+    names, texts = {}, []
+    for snippet in (first, guided, own):
+        exec(compile(snippet, "README.md", "exec"), names)
+        texts.append(capsys.readouterr().out)
+    assert texts[0].strip().endswith("#### 26") and "#### 26" in texts[1]
+    answer = names["tokenizer"].decode(names["output"][0], skip_special_tokens=True)
+    assert answer.endswith("#### 26")
+
+
+@pytest.mark.parametrize("name", ["hf_flashdlm/GENERATE.md", "hf_flashdlm/GUIDER.md"])
+def test_the_snippets_of_a_page_run(name):
+    model = AutoModelForCausalLM.from_pretrained(FOLDER / "dlm")
+    names = {"model": model, "input_ids": torch.tensor([[40, 50, 60]])}
+    for snippet in snippets(page(name)):
+        exec(compile(snippet, name, "exec"), names)
+    ids = names["output"] if torch.is_tensor(names["output"]) else names["output"].sequences
+    assert not (ids == model.config.mask_token_id).any()
+
+
+# The contributor's kit
+
+
+def test_ruff_has_one_version():
+    (pinned,) = re.findall(r"ruff==([\d.]+)", page("pyproject.toml"))
+    assert re.findall(r"rev: v([\d.]+)", page(".pre-commit-config.yaml")) == [pinned]
+    assert f"\nruff=={pinned}\n" in page("tests/requirements.txt")
+
+
+def test_the_checklists_name_what_is_there():
+    names = {
+        *re.findall(r"`(?:methods\.|bench/)?(\w+)(?:\.py)?`", page("CONTRIBUTING.md").partition("## Checklists")[2])
+    }
+    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_flashdlm").rglob("*.py"))
+    files = {path.stem for path in ROOT.rglob("*.py")}
+    assert {name for name in names if name not in files and not re.search(rf"\b{name}\b", code)} == set()

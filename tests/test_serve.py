@@ -2,18 +2,17 @@
 
 import json
 import os
-import re
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from contextlib import closing, contextmanager
-from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import pytest
+from pages import section, snippets
 
 from hf_flashdlm.console.checkpoint import Checkpoint, load_guider
 from hf_flashdlm.hub.export import export_model
@@ -109,10 +108,8 @@ def test_more_tokens_than_the_model_has_positions_are_refused(url, folder):
     assert refusal in ask(url, folder, stream=True)
 
 
-def test_a_guider_is_served_as_the_readme_says(folder, checkpoint, tmp_path):
-    readme = Path(__file__).parents[1] / "README.md"
-    served = readme.read_text(encoding="utf-8").partition("\n## Command line\n")[2].partition("\n## ")[0]
-    (code,) = re.findall(r"```python\n(.*?)```", served, re.DOTALL)
+def test_a_guider_is_served_as_the_page_says(folder, checkpoint, tmp_path):
+    (code,) = snippets(section("hf_flashdlm/hub/README.md", "Serving"))
     guided = shutil.copytree(folder, tmp_path / "guided")
     (guided / "custom_generate").mkdir()
     assert '"hf-flashdlm/tiny-guider"' in code

@@ -1,7 +1,7 @@
-"""Pictures of a measurement: accuracy against forwards and seconds, and bars of seconds.
+"""Plots of a measurement: accuracy against forwards and against seconds, and bars of seconds.
 
-Owns how a record looks. Reads records from their JSON file, so that old ones can be drawn again. Nothing else needs
-matplotlib.
+Owns how a record is drawn. Reads records as they are in a JSON file, so that old records can be drawn again. No other
+module needs matplotlib.
 """
 
 from pathlib import Path
@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 
-# Okabe and Ito's colours, which everybody can tell apart.
+# The palette of Okabe and Ito, which colour-blind readers can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#000000")
 # What writes tokens: the groups of the trade-off plot, each with a marker of its own too.
 WRITERS = {

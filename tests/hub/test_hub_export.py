@@ -47,6 +47,11 @@ def test_the_source_files_are_those_of_the_package_byte_for_byte(exported):
     assert not seen & {"export.py", "main.py", "__init__.py"}
 
 
+def test_the_pages_of_the_package_stay_in_it(exported):
+    for folder in exported.values():
+        assert [path.relative_to(folder).as_posix() for path in folder.rglob("*.md")] == ["README.md"]
+
+
 def test_weights_names_and_options_are_kept(exported):
     for repo_id, source in ((MODEL, TINY / "dlm"), (GUIDER, TINY / "guider"), (LLADA, GOLDENS / "model_llada")):
         assert (exported[repo_id] / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()

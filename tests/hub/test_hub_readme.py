@@ -1,12 +1,10 @@
-"""The cards of exported checkpoints and the section of the README run as they are written."""
-
-import re
-import shlex
+"""The cards of exported checkpoints and what the pages say of the Hub run as they are written."""
 
 import pytest
 from hub_cases import APART, LLADA, MODEL, ROOT, usage
 from huggingface_hub import ModelCard
 from minihub import TOKEN
+from pages import commands, page, section, snippets
 
 from hf_flashdlm.cli import main as cli
 from hf_flashdlm.hub.export import export_model
@@ -57,29 +55,27 @@ def test_checkpoints_of_the_hub_are_exported_and_their_cards_run(run_apart, orig
     assert run_apart(code + "print('[]')") == []
 
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
-SECTION = README.partition("## On the Hub\n")[2].partition("\n## ")[0]
+README, PAGE = section("README.md", "On the Hub"), page("hf_flashdlm/hub/README.md").partition("\n## Serving\n")[0]
 
 
 @pytest.mark.parametrize("installed", [False, True])
-def test_the_section_of_the_readme_runs_as_written(run_apart, installed):
-    blocks = re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL)
-    blocks = [block for block in blocks if ("hf_flashdlm" in block) == installed]
-    assert blocks
+def test_the_snippets_run_as_written(run_apart, installed):
+    blocks = [block for block in snippets(README + PAGE) if ("import hf_flashdlm" in block) == installed]
+    assert len(blocks) == (1 if installed else 3)
     path = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n" if installed else APART
     assert run_apart(path + "".join(blocks) + "\nprint('[]')") == []
 
 
-def test_the_commands_of_the_readme_run_as_written(originals, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("text", [README, PAGE], ids=["README", "page"])
+def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_flashdlm.hub.push.get_token", lambda: TOKEN)
-    commands = [shlex.split(line, comments=True)[1:] for line in SECTION.splitlines() if line.startswith("flashdlm ")]
-    assert [words[0] for words in commands] == ["export", "push"]
-    for words in commands:
+    calls = commands(text, "flashdlm")
+    *exports, push_call = calls
+    assert {words[0] for words in exports} == {"export"} and push_call[0] == "push"
+    for words in calls:
         assert cli.main(words) == 0
     listed = capsys.readouterr().out
-    assert listed.count("  model.safetensors\n") == 2 and "my-org/flash-llada" not in originals.repositories
-    assert cli.main([word for word in commands[-1] if word != "--dry-run"]) == 0
-    assert originals.repositories["my-org/flash-llada"].private
+    assert "  model.safetensors\n" in listed and "my-org/flash-llada" not in originals.repositories
+    assert cli.main([word for word in push_call if word != "--dry-run"]) == 0
+    assert originals.repositories.pop("my-org/flash-llada").private == ("--private" in push_call)
