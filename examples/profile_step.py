@@ -1,4 +1,4 @@
-"""Where the time of a decode goes, part by part. `outside%` of `flashdlm bench` is all parts but the two forwards.
+"""The time of a decode, part by part. `outside%` of `flashdlm bench` is all parts but the two forwards.
 
     python examples/profile_step.py --json examples/results/profile.json
 

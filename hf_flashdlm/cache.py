@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 @dataclass
 class _Target:
-    """Where the next forward writes; one object is shared by all layers of a cache."""
+    """The target of the next forward's writes, shared by all layers of a cache."""
 
     start: int = 0
     stop: int | None = None  # exclusive; `None`: as many positions as there are queries

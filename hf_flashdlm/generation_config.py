@@ -92,7 +92,7 @@ class DiffusionOptions:
 
     Args:
         method (`str`, *optional*):
-            A published method, which stands for its line of settings in `methods.METHODS`. Given as a keyword, it
+            A published method: the name of a line of settings in `methods.METHODS`. Given as a keyword, it
             replaces the corresponding options of the generation config; other keywords win over it.
         block_length (`int`, *optional*):
             The generated region is unmasked in blocks of this many tokens, from the end of the prompt on. By default
@@ -134,11 +134,11 @@ class DiffusionOptions:
         freeze_lag (`int`, *optional*, defaults to 1):
             Steps for which a finished piece is still recomputed before it is frozen; 0 as in the paper's code.
         left_margin (`int`, *optional*, defaults to 0): Tokens at the end of a finished piece that are not frozen.
-        right_window (`int`, *optional*): Recompute only this many positions from the first masked one on.
+        right_window (`int`, *optional*): Recompute only this many positions from the first mask on.
         attend_stale (`bool`, *optional*, defaults to `False`):
             Whether positions right of the window are attended with their old states, instead of not at all.
         grow_canvas (`bool`, *optional*, defaults to `False`):
-            Show the model only the blocks up to the current one, so that the cost does not depend on
+            Show the model only the blocks up to the current block, so that the cost does not depend on
             `max_new_tokens`.
         refresh_blocks (`int`, *optional*): Number of blocks after which FreeCache recomputes everything.
         refresh_entropy (`float`, *optional*):

@@ -1,6 +1,6 @@
 """The published decoding methods, one line of settings each.
 
-Owns what `generate(method=...)` stands for. Knows nothing of how an option is used.
+Owns the settings of each name in `generate(method=...)`. Knows nothing of how an option is used.
 """
 
 # Options that the caller gives win over those of the method. All methods stop at the end of the text; with

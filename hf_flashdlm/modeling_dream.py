@@ -34,7 +34,7 @@ class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
 
     def __init__(self, config: DreamConfig):
         super().__init__(config)
-        # The next-token loss of Transformers moves the labels by one, which is what `logits_shift` 1 asks for.
+        # The next-token loss of Transformers moves the labels by one position, as `logits_shift` 1 requires.
         self.loss_type = "ForCausalLM"
         for layer in self.model.layers:
             # With no mask to say otherwise, attention backends read causality off the module.

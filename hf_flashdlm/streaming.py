@@ -15,7 +15,7 @@ class Stream:
     row only. A streamer with the attribute `shows_canvas` gets `put_draft` with the whole canvas of all rows instead.
 
     Args:
-        streamer (`BaseStreamer`, *optional*): Nothing is done without one.
+        streamer (`BaseStreamer`, *optional*): Without a streamer nothing is done.
         prompt_length (`int`): Length of the prompt, which Transformers has put already.
         skip (`int`): Number of leading columns of the canvas that the caller's prompt does not have.
     """

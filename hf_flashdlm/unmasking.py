@@ -144,7 +144,7 @@ class Drafts:
     What a step has drafted for one row, in canvas positions.
 
     Args:
-        positions (`range`): The positions that were scored, from the first masked one on.
+        positions (`range`): The positions that were scored, from the first mask on.
         token_ids (`list[int]`): The token drafted at each of them.
         confidence (`list[float]`): Confidence of each draft; `-inf` where a processor has refused the position.
         candidates (`list[int]`): The positions that may be written at this step, in order.

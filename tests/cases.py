@@ -55,10 +55,9 @@ def generated(output, row=0, prompt_length=8):
     return output.sequences[row, prompt_length:].tolist()
 
 
-CHARACTERS = [
-    chr(0x4E00 + token_id) for token_id in range(512)
-]  # a character for every id, so that text and ids correspond
-CHARACTERS[500:506] = "abcdef"  # stop strings of Transformers need them
+# A character for every id, so that text and ids correspond. Stop strings of Transformers need some Latin letters.
+CHARACTERS = [chr(0x4E00 + token_id) for token_id in range(512)]
+CHARACTERS[500:506] = "abcdef"
 
 
 def spell(token_ids):

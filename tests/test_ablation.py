@@ -41,9 +41,9 @@ def test_every_row_of_the_ablation_has_options_that_generate_takes(tiny):
 
 def test_an_ablation_goes_on_where_its_file_ends(bench, tmp_path, monkeypatch, capsys):
     short = [
-        one
-        for one in settings(8, 8, ["guider"], [200])
-        if one.recipe.name in ("plain", "EOS", "plain, block 8", "V 4")
+        row
+        for row in settings(8, 8, ["guider"], [200])
+        if row.recipe.name in ("plain", "EOS", "plain, block 8", "V 4")
     ]
     monkeypatch.setattr(ablation, "settings", lambda *_: short)
     path = tmp_path / "ablation.json"

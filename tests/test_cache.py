@@ -262,9 +262,7 @@ def test_a_model_is_told_where_its_window_starts_and_how_many_keys_it_sees():
     cache.window(2, 4, attended=5)
     assert (cache.get_seq_length(), cache.get_mask_sizes(2, 0)) == (2, (5, 0))
     cache.scatter(torch.tensor([[5, 1]]))
-    assert (cache.get_seq_length(), cache.get_mask_sizes(2, 0)) == (0, (6, 0)), (
-        "each row starts at a different position"
-    )
+    assert (cache.get_seq_length(), cache.get_mask_sizes(2, 0)) == (0, (6, 0)), "the starts of the rows differ"
 
 
 # Rows

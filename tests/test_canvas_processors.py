@@ -86,9 +86,7 @@ def test_a_processor_equals_its_answer_position_by_position(processor):
     before = scores.clone()
     assert not torch.equal(expected, before), "the example must change something"
     torch.testing.assert_close(apply([processor], scores=scores), expected, equal_nan=True)
-    torch.testing.assert_close(
-        scores, before, atol=0, rtol=0, equal_nan=True, msg="the scores passed in must not change"
-    )
+    torch.testing.assert_close(scores, before, atol=0, rtol=0, equal_nan=True, msg="its input must not change")
 
 
 @pytest.mark.parametrize(
@@ -103,11 +101,11 @@ def test_a_processor_equals_its_answer_position_by_position(processor):
     ids=name_of,
 )
 def test_any_other_processor_of_the_host_is_refused_by_name(processor):
-    one = processor.__new__(processor)
+    unready = processor.__new__(processor)
     with pytest.raises(
         ValueError, match=rf"`{processor.__name__}` cannot be used in a diffusion decode, .*: drop the"
     ):
-        CanvasProcessors(LogitsProcessorList([one]), torch.ones(1, 1), MASK)
+        CanvasProcessors(LogitsProcessorList([unready]), torch.ones(1, 1), MASK)
 
 
 def test_a_context_holds_what_is_known_left_of_the_position():

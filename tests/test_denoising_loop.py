@@ -71,9 +71,7 @@ def decode(start):
         def after_step(state):
             for row, text in zip(state.rows, read(state.canvas), strict=True):
                 steps[row.index].append(text)
-                assert row.tokens == list(map(ord, text)) and list(row.masked) == [
-                    character == "_" for character in text
-                ]
+                assert row.tokens == list(map(ord, text)) and list(row.masked) == [letter == "_" for letter in text]
             return filled(state)
 
         speller = Speller(*words, order=order)

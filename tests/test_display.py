@@ -69,9 +69,7 @@ def test_a_streamer_can_be_used_again(streamer, frames):
         streamer.put_draft(torch.tensor([[*prompt, 2]]))
         streamer.end()
     assert [frame.plain for frame in frames] == [" two", " two"]
-    assert styled(frames[1]) == [(" two", FRESH)], (
-        "the second prompt must not be compared with the canvas of the first prompt"
-    )
+    assert styled(frames[1]) == [(" two", FRESH)], "the canvas of the first prompt must not be compared"
 
 
 @pytest.mark.parametrize(("encoding", "character"), [("utf-8", "░"), ("ascii", "_")])

@@ -92,9 +92,9 @@ def test_models_whose_weights_are_offloaded_decode_the_same(decode, reads_text):
 
     expected = run(load("dlm"), load("guider"))
     model, guider = load("dlm"), load("guider")
-    for one in (model, guider):
-        cpu_offload(one, execution_device=torch.device("cpu"))
-        assert one.device.type == "meta"
+    for offloaded in (model, guider):
+        cpu_offload(offloaded, execution_device=torch.device("cpu"))
+        assert offloaded.device.type == "meta"
     output = run(model, guider)
     assert output.sequences.equal(expected.sequences) and output.accepted_lengths == expected.accepted_lengths
 
@@ -255,12 +255,12 @@ def test_a_cache_of_the_callers_is_afterwards_written_in_inference_mode_only(tin
 def test_a_pipeline_generates_text(tiny, tokenizer):
     generate = pipeline("text-generation", model=tiny("llada"), tokenizer=tokenizer)
     options = dict(max_new_tokens=6, block_length=3, window_policy="dual", do_sample=False, stop_at_eos=False)
-    one = generate(spell(PROMPT), **options)[0]["generated_text"]
+    single = generate(spell(PROMPT), **options)[0]["generated_text"]
     wanted = tiny("llada").generate(torch.tensor([PROMPT]), **options)
-    assert one == spell(wanted[0].tolist())
+    assert single == spell(wanted[0].tolist())
     several = generate([spell(prompt) for prompt in PROMPTS], batch_size=3, **options)
     assert [len(texts[0]["generated_text"]) for texts in several] == [len(prompt) + 6 for prompt in PROMPTS]
-    assert several[0][0]["generated_text"] == one
+    assert several[0][0]["generated_text"] == single
 
 
 def test_a_batch_of_a_tokenizer_can_be_passed_whole(tiny, tokenizer):

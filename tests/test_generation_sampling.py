@@ -63,9 +63,7 @@ def test_a_filter_that_leaves_one_token_is_greedy(tiny, name, options):
 @every_model
 @pytest.mark.parametrize("rule", [dict(steps=8), dict(confidence_threshold=0.6), dict(entropy_bound=1.0)], ids=str)
 @pytest.mark.parametrize("options", [dict(top_k=1), dict(top_p=1e-6)], ids=str)
-@pytest.mark.xfail(
-    reason="confidences are computed after top-k and top-p, as in Dream: a single remaining token is certain"
-)
+@pytest.mark.xfail(reason="confidences follow top-k and top-p, as in Dream: a single remaining token is certain")
 def test_a_filter_does_not_make_the_model_sure(tiny, name, rule, options):
     greedy = tiny(name).generate(torch.tensor([PROMPT]), **GREEDY, **rule)
     assert sample(tiny(name), 3, **rule, **options).tolist() == greedy.tolist()

@@ -397,7 +397,7 @@ class GreedyOrder:
         return left[: self.schedule(row)[0]]
 
     def __call__(self, row):
-        """As a window policy: the positions of this step and of the last step, and masked neighbours of the former."""
+        """Window policy: the positions of this step and of the last step, and masked neighbours of the former."""
         now, length = self.next_in_order(row), len(row.masked)
         scored = bytearray(position in now or position in row.written for position in range(length))
         for position in now:
@@ -417,7 +417,7 @@ class GreedyOrder:
         return found
 
     def rule(self, drafts, row):
-        """As an unmasking rule: the positions that the window was made for."""
+        """Unmasking rule: write the positions that the window was made for."""
         return self.next_in_order(replace(row, step=row.step - 1))  # the schedule has already moved on
 
 

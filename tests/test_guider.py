@@ -185,9 +185,8 @@ def test_the_first_token_of_a_step_is_drawn_from_the_diffusion_model(tiny, decod
     prompt = PROMPTS[0]
     canvas = torch.tensor([prompt + [MASK] * 2])
     with torch.no_grad():
-        scores = model(canvas).logits[
-            0, len(prompt) - 1 : -1
-        ]  # in this model a position is scored by the position before it
+        # In this model a position is scored by the position before it.
+        scores = model(canvas).logits[0, len(prompt) - 1 : -1]
     scores[:, MASK] = -math.inf
     law = (scores / temperature).softmax(-1)
     sampling = dict(do_sample=True, top_k=0, temperature=temperature, generator=torch.Generator().manual_seed(0))

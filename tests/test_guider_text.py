@@ -42,8 +42,8 @@ def test_every_guider_token_knows_the_canvas_tokens_whose_text_it_shares(canvas_
     ids = canvas_tokenizer("Hana has 12é").input_ids + [0]
     translation = alignment.translate(ids)
     pieces = [
-        (byte_tokenizer.convert_ids_to_tokens(one), span)
-        for one, span in zip(translation.ids, translation.spans, strict=True)
+        (byte_tokenizer.convert_ids_to_tokens(token_id), span)
+        for token_id, span in zip(translation.ids, translation.spans, strict=True)
     ]
     assert [span for _, span in pieces[:4]] == [(0, 0)] * 4  # H, a, n, a
     assert ("Ġ12", (2, 3)) in pieces  # ` 1` and `2` of the canvas
@@ -140,9 +140,9 @@ class Compared(TextReader):
 
     def judge_rows(self, rows, first, accept):
         accepted = super().judge_rows(rows, first, accept)
-        for row, start, one in zip(rows, first, accepted, strict=True):
-            assert text_reader(self.model, self.alignment).judge_rows([row], [start], accept) == [one]
-            self.verdicts.append(len(one))
+        for row, start, verdict in zip(rows, first, accepted, strict=True):
+            assert text_reader(self.model, self.alignment).judge_rows([row], [start], accept) == [verdict]
+            self.verdicts.append(len(verdict))
         return accepted
 
 

@@ -98,8 +98,8 @@ def test_a_rule_sees_what_it_decides_about(tiny, decode):
 
 
 def test_a_rule_that_chooses_nothing_still_makes_progress(tiny, decode):
-    one = written_by(decode, tiny("llada"), unmasking_rule=lambda drafts, row: [])
-    assert one == written_by(decode, tiny("llada"), steps=16)
+    written = written_by(decode, tiny("llada"), unmasking_rule=lambda drafts, row: [])
+    assert written == written_by(decode, tiny("llada"), steps=16)
 
 
 class Forbid(CanvasProcessor):

@@ -51,9 +51,7 @@ def test_d6_a_low_temperature_ties_no_confidences(tiny, temperature):
     _, plain = Drafter(MASK)(scores)
     _, warm = Drafter(MASK, temperature=temperature, generator=torch.Generator().manual_seed(0))(scores / temperature)
     assert len(plain.unique()) == len(warm.unique()) == 63
-    assert ((scores / temperature).softmax(-1).amax(-1).bfloat16().unique()).numel() < 40, (
-        "the case has no tie to avoid"
-    )
+    assert ((scores / temperature).softmax(-1).amax(-1).bfloat16().unique()).numel() < 40, "the case has no ties"
 
 
 @pytest.mark.parametrize("policy", ["prefix", "dual"])

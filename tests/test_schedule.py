@@ -140,6 +140,6 @@ def test_the_last_step_of_every_block_writes_what_is_left(counts, blocks, more, 
 
 
 def test_the_share_of_a_block_is_that_of_all_masks(at):
-    """Of 16 masks in two blocks of 8, half are due at a step in the middle of the timesteps: the whole block."""
+    """Half of the 16 masks in two blocks of 8 are due in the middle of the timesteps: the whole first block."""
     assert TimestepSchedule((1, 1))(at(16, 8, step=0))[0] == 8
     assert TimestepSchedule((2, 2))(at(16, 8, step=0))[0] == 3, "int(16 * 0.24975)"

@@ -282,9 +282,7 @@ def test_no_state_is_attended_before_it_has_been_computed(run, policy, blocks, s
     computed = [set(), set()]
     for row, window in run(policy, blocks, seed):
         fed = range(window.lo, window.hi)
-        computed[row.index].update(
-            fed if window.scored is None else [position for position in fed if window.scored[position]]
-        )
+        computed[row.index].update(fed if window.scored is None else [place for place in fed if window.scored[place]])
         assert computed[row.index] >= set(range(window.attended))
 
 

@@ -56,7 +56,7 @@ def build_guider(size: str, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausa
 
 
 def shared_settings(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """What the configs of all networks have in common."""
+    """The settings that the configs of all networks share."""
     return {
         "vocab_size": VOCAB_SIZE,
         "max_position_embeddings": tokenizer.model_max_length,

@@ -36,7 +36,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Step:
-    """One step of an answer: `result = formula`, said in one of `phrasings`, where `{=}` stands for the equation."""
+    """One step of an answer: `result = formula`, said in one of `phrasings`, in which `{=}` is the equation."""
 
     result: str
     formula: str
@@ -214,7 +214,7 @@ KINDS = {
 
 
 def problems(seed: int, split: str) -> Iterator[Problem]:
-    """Endless problems of one `split` (`"train"` or `"test"`), the same ones for the same `seed`."""
+    """Endless problems of one `split` (`"train"` or `"test"`), the same problems for the same `seed`."""
     rng = random.Random(seed)
     kinds = tuple(KINDS.values())
     while True:
@@ -238,12 +238,12 @@ def is_held_out(question: str) -> bool:
 
 
 def prompt_text(question: str) -> str:
-    """What a model is given."""
+    """The prompt that a model gets."""
     return f"{question}\nAnswer:"
 
 
 def answer_text(answer: str) -> str:
-    """What a model is to write after the prompt; the end-of-text token follows it."""
+    """The text that a model should write after the prompt; the end-of-text token follows it."""
     return f" {answer}"
 
 

@@ -59,7 +59,7 @@ RANK_ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Run:
-    """What all stages of one rank share."""
+    """The data that all stages of a rank share."""
 
     rank: int
     options: argparse.Namespace
@@ -171,7 +171,7 @@ def train_guider(run: Run) -> None:
 
 
 def train_dlm(run: Run) -> None:
-    """Stage 3: the diffusion model, grown from the autoregressive one."""
+    """Stage 3: the diffusion model, grown from the autoregressive model."""
     ar = build_network(AR_SIZE, run.tokenizer)
     ar.load_state_dict(torch.load(run.options.work / "ar.pt"))
     network = build_network(DLM_SIZE, run.tokenizer, causal=False)

@@ -61,7 +61,7 @@ def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, n
             known[key] |= {"key": key, "commit": record["commit"]}
         rest["rows"].append(known[key] | setting.entry())
         written = {row["key"] for row in rest["rows"]}
-        rest["earlier"] = [row for name, row in known.items() if name not in written]
+        rest["earlier"] = [row for row_key, row in known.items() if row_key not in written]
         if args.json not in (None, "-"):
             write_json(Path(args.json), record | rest)
     return rest | {"verdict": verdict(rest["rows"])}

@@ -70,7 +70,7 @@ GUIDER_RULES = {
     "relative": {},
     "relative, k 5": {"top_k": 5},
 }
-INSTEAD = {"confidence_threshold": None}  # of the threshold, another rule
+INSTEAD = {"confidence_threshold": None}  # another rule than the threshold
 UNGUIDED = {
     "threshold 0.8": {"confidence_threshold": 0.8},
     "threshold 0.95": {"confidence_threshold": 0.95},
