@@ -18,6 +18,7 @@ from .configuration_llada_moe import LLaDAMoEConfig
 from .configuration_open_dcoder import OpenDCoderConfig
 from .configuration_sdar import SDARConfig, SDARMoeConfig
 from .console.display import CanvasStreamer
+from .data_collator import DataCollatorForMaskedDiffusion
 from .generation_config import DiffusionOptions
 from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_output import DiffusionGenerationOutput
@@ -55,6 +56,7 @@ __all__ = [
     "CanvasStreamer",
     "Confidence",
     "DKVWindow",
+    "DataCollatorForMaskedDiffusion",
     "DiffusionGenerationOutput",
     "DiffusionOptions",
     "Drafts",
@@ -108,6 +110,8 @@ _SHARED = {LLaDAMoEConfig: LLaDAMoEModelLM, OpenDCoderConfig: OpenDCoderModel}
 for _config in (*_MODELS, *REFUSED):
     AutoConfig.register(_config.model_type, _config)
 for _config, _model in (_MODELS | _SHARED).items():
-    for _auto in (AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM):
+    for _auto in (AutoModel, AutoModelForCausalLM):
         _auto.register(_config, _model)
+    if not _config.logits_shift:  # a masked language model scores each position in place
+        AutoModelForMaskedLM.register(_config, _model)
 AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer)

@@ -1,7 +1,7 @@
 """Logits processors on a canvas.
 
-Owns how processors written for the scores of one next token, `(batch_size, vocab_size)`, are applied to many positions
-at once, and which of them can be. Knows nothing of the loop or of what any processor does.
+Owns how processors that are written for the scores of one next token, `(batch_size, vocab_size)`, are applied to a
+canvas, and which of them can be. Knows nothing of the loop or of what any processor does.
 """
 
 import torch
@@ -34,14 +34,20 @@ BY_LENGTH = (
     host.ExponentialDecayLengthPenalty,
 )
 
-# These look at the tokens left of the position, of which the masked ones are not known yet: exact at the first masked
-# position of a row, approximate behind it. So are processors of the caller's own.
-BY_CONTEXT = (
-    host.RepetitionPenaltyLogitsProcessor,
+# Approximate: a penalty on the tokens left of the position, of which those that are masked are not known yet.
+BY_CONTEXT = (host.RepetitionPenaltyLogitsProcessor,)
+
+# These promise something of what is written, which takes the whole text left of the position. So while one is in use a
+# step writes the first masked position of a row and no other.
+AT_FRONTIER = (
     host.NoRepeatNGramLogitsProcessor,
     host.SequenceBiasLogitsProcessor,
     host.NoBadWordsLogitsProcessor,
 )
+
+# As the last, and they may have a rule for each row or remember what they were shown: they are called as in a decode
+# from left to right. So are the processors of the caller's own.
+BY_ROW = (host.PrefixConstrainedLogitsProcessor,)
 
 
 CANVAS_PROCESSOR_MEMBERS = ("lookahead", "reset", "__call__", "batch_select_indices", "statistics")
@@ -111,7 +117,13 @@ class CanvasProcessor(LogitsProcessor):
 
 class CanvasProcessors:
     r"""
-    Applies a host's list of processors to scores of shape `(batch_size, num_positions, vocab_size)`.
+    Applies a list of processors to scores of shape `(batch_size, num_positions, vocab_size)`.
+
+    A processor of the caller's own is called once a step, with the caller's whole batch up to the first masked
+    position, whatever rows have ended: in the order of the caller's rows, ids `(batch_size, length)` and scores
+    `(batch_size, vocab_size)`. Ended rows are filled up with pad tokens and their scores are 0. Where rows differ in
+    their first masked position it is called for each of these; what is not known of another row is the mask token.
+    With the attribute `positionwise = True` it looks at the scores alone, and is shown those of all positions at once.
 
     Args:
         processors (`LogitsProcessorList`): Processors of Transformers and of the caller.
@@ -119,17 +131,21 @@ class CanvasProcessors:
         mask_token_id (`int`): Left out of the context that a processor is shown.
         guider ([`ARGuider`], *optional*): Judges what they leave of the scores.
         skip (`int`): Columns of the canvas that the caller's prompt does not have.
+        shown (`Callable`, *optional*): The caller's batch up to a position, see [`RowEnds.shown`].
 
     Raises:
         ValueError: If a processor of Transformers is none of those above.
     """
 
-    def __init__(self, processors: LogitsProcessorList, canvas_mask, mask_token_id: int, guider=None, skip=0):
-        self.processors, self.guider, self.skip = list(map(_unpadded, processors)), guider, skip
+    def __init__(
+        self, processors: LogitsProcessorList, canvas_mask, mask_token_id: int, guider=None, skip=0, shown=None
+    ):
+        self.processors, self.guider, self.skip, self.shown = list(map(_unpadded, processors)), guider, skip, shown
         self.canvas_mask, self.mask_token_id = canvas_mask, mask_token_id
+        self.rows, self.num_rows = list(range(len(canvas_mask))), len(canvas_mask)  # of the caller's batch
         for processor in processors:
-            known = type(processor) in POSITIONWISE + BY_LENGTH + BY_CONTEXT  # a subclass may look at anything
-            if not known and type(processor).__module__ == host.__name__:
+            known = type(processor) in POSITIONWISE + BY_LENGTH + BY_CONTEXT + AT_FRONTIER + BY_ROW
+            if not known and type(processor).__module__ == host.__name__:  # a subclass may look at anything
                 raise ValueError(
                     f"`{type(processor).__name__}` cannot be used in a diffusion decode, which scores many positions "
                     "at once: drop the option that asks for it."
@@ -154,33 +170,70 @@ class CanvasProcessors:
         Returns:
             `torch.Tensor`: Scores of the same shape.
         """
+        places = {}  # of the rows that may write it, their first masked position
+        for index, (first, row, may) in enumerate(zip(frontier, positions, candidate, strict=True)):
+            if first in row and may[first - row.start]:
+                places[index] = first - row.start
         for processor in self.processors:
-            if type(processor) in POSITIONWISE:
-                scores = processor(None, scores.flatten(0, 1)).view_as(scores)
-            else:
-                scores = self._one_by_one(processor, canvas, scores, positions)
+            scores = self._apply(processor, canvas, scores, positions, places)
+        if any(map(_is_left_to_right, self.processors)):
+            scores = self._refuse_others(scores, places)
         if self.guider is not None:
             may = torch.frombuffer(bytearray().join(candidate), dtype=torch.bool).view(len(candidate), -1)
             positions, frontier = torch.tensor(positions), torch.tensor(frontier)
             scores = self.guider(canvas, scores, positions=positions, frontier=frontier, candidate=may)
         return scores
 
-    def _one_by_one(self, processor, canvas, scores, positions) -> torch.Tensor:
-        """Show the processor each position with the tokens left of it."""
+    def _apply(self, processor, canvas, scores, positions, places: dict[int, int]) -> torch.Tensor:
+        """The scores after one processor."""
+        if type(processor) in POSITIONWISE or getattr(processor, "positionwise", False):
+            return processor(None, scores.flatten(0, 1)).view_as(scores)
+        if type(processor) in AT_FRONTIER:
+            return self._one_by_one(processor, canvas, scores, positions, places)
+        if type(processor) in BY_LENGTH + BY_CONTEXT:
+            return self._one_by_one(processor, canvas, scores, positions)
+        return self._by_row(processor, scores, positions, places)
+
+    def _one_by_one(self, processor, canvas, scores, positions, places=None) -> torch.Tensor:
+        """Show the processor each position, or those at `places` alone, with the tokens left of it."""
         scores = scores.clone()
         known = self.canvas_mask.bool() & (canvas != self.mask_token_id)
         by_length = type(processor) in BY_LENGTH
         for row, row_positions in enumerate(positions):
-            for slot, position in enumerate(row_positions):
-                context = canvas[row, self.skip : position]
+            slots = range(len(row_positions)) if places is None else [places[row]] if row in places else []
+            for slot in slots:
+                context = canvas[row, self.skip : row_positions[slot]]
                 if not by_length:
-                    context = context[known[row, self.skip : position]]
+                    context = context[known[row, self.skip : row_positions[slot]]]
                 scores[row, slot] = processor(context[None], scores[row, slot][None])[0]
+        return scores
+
+    def _by_row(self, processor, scores, positions, places: dict[int, int]) -> torch.Tensor:
+        """Show the processor the caller's whole batch, at the first masked position of its rows."""
+        scores = scores.clone()
+        lengths = {index: positions[index][place] for index, place in places.items()}
+        for length in sorted(set(lengths.values())):
+            batch = scores.new_zeros(self.num_rows, scores.shape[-1])
+            for index, place in places.items():
+                batch[self.rows[index]] = scores[index, place]
+            batch = processor(self.shown(length, scores.device), batch)
+            for index, place in places.items():
+                if lengths[index] == length:
+                    scores[index, place] = batch[self.rows[index]]
+        return scores
+
+    def _refuse_others(self, scores, places: dict[int, int]) -> torch.Tensor:
+        """Leave every position but those at `places` the mask token alone."""
+        refused = torch.ones(scores.shape[:2], dtype=torch.bool)
+        refused[list(places), list(places.values())] = False
+        scores = scores.masked_fill(refused[..., None].to(scores.device), -torch.inf)
+        scores[..., self.mask_token_id].masked_fill_(refused.to(scores.device), 0.0)
         return scores
 
     def batch_select_indices(self, indices: torch.LongTensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         self.canvas_mask = self.canvas_mask[indices.to(self.canvas_mask.device)]
+        self.rows = [self.rows[index] for index in indices.tolist()]
         if self.guider is not None:
             self.guider.batch_select_indices(indices)
 
@@ -190,3 +243,9 @@ def _unpadded(processor):
     if type(processor) is host.RepetitionPenaltyLogitsProcessor and torch.is_tensor(processor.prompt_ignore_length):
         return host.RepetitionPenaltyLogitsProcessor(processor.penalty)
     return processor
+
+
+def _is_left_to_right(processor) -> bool:
+    """Whether the processor is shown the first masked position of a row only."""
+    known = type(processor) in POSITIONWISE + BY_LENGTH + BY_CONTEXT
+    return not known and not getattr(processor, "positionwise", False)

@@ -158,7 +158,8 @@ def denoise(
         after_step (`Callable`): Gets the state after each step and returns for each row whether it is finished.
 
     Raises:
-        RuntimeError: If processors refuse every candidate of a row, so that it could never finish.
+        RuntimeError: If processors refuse every candidate of a row, so that it could never finish, or if its scores
+            are not finite.
         ValueError: If a part returns what no step can use; the message names the part.
     """
     while state.rows:
@@ -168,11 +169,12 @@ def denoise(
         positions, candidate = method.blocks.candidates(state.rows, [window.hi for window in windows])
         # 2. one forward
         frontier = [row.frontier for row in state.rows]
-        scores, computed = denoiser(state.canvas, windows, positions, frontier)
+        logits, computed = denoiser(state.canvas, windows, positions, frontier)
         # 3. drafts
-        entropy = -negative_entropy(scores) if method.window_policy.needs_entropy else None
-        scores = processors(state.canvas, scores, positions=positions, frontier=frontier, candidate=candidate)
+        entropy = -negative_entropy(logits) if method.window_policy.needs_entropy else None
+        scores = processors(state.canvas, logits, positions=positions, frontier=frontier, candidate=candidate)
         drafts = _transfer(*drafter(scores), entropy)
+        _check_finite(state.rows, candidate, drafts[1], logits, scores)
         # 4. unmasking
         for row, num_queries, *numbers in zip(state.rows, computed, positions, candidate, *drafts, strict=True):
             _unmask(row, method, *numbers)
@@ -192,6 +194,20 @@ def _transfer(token_ids: torch.Tensor, confidence: torch.Tensor, entropy: torch.
     """Drafts, their confidence and the entropy, if measured, as Python numbers: the only transfer of a step."""
     numbers = [token_ids, confidence] if entropy is None else [token_ids, confidence, entropy]
     return torch.stack([values.to(confidence.dtype) for values in numbers]).tolist()  # token ids are exact as floats
+
+
+def _check_finite(rows: list[Row], candidate: list[bytearray], confidence: list[list[float]], logits, scores) -> None:
+    """Say where the scores come from that are not numbers, if they leave a row without a candidate."""
+    for index, (row, may, sure) in enumerate(zip(rows, candidate, confidence, strict=True)):
+        places = [place for place, is_candidate in enumerate(may) if is_candidate]
+        if not places or any(sure[place] > -inf for place in places):
+            continue
+        for name, given in (("The model", logits), ("A logits processor or the guider", scores)):
+            if not (given[index, places].amax(-1) < inf).all():
+                raise RuntimeError(
+                    f"{name} gave row {row.index} scores that are not finite (NaN or infinite): check its weights and "
+                    "their dtype, or its settings."
+                )
 
 
 def _window(policy: WindowPolicy, row: Row) -> Window:

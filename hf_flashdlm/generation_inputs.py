@@ -10,7 +10,7 @@ from numbers import Integral
 
 import torch
 from torch.nn.functional import pad
-from transformers import GenerationConfig
+from transformers import Cache, GenerationConfig
 
 from .compiling import CACHE_NAME, device_of
 from .generation_config import DiffusionOptions
@@ -106,11 +106,12 @@ def check_cache(cache) -> None:
     """Refuse any cache but a fresh `FreeCache`; one that was loaded from the Hub has its own class."""
     if cache is None or (getattr(cache, "keeps_positions", False) and not cache.is_initialized):
         return
-    held = getattr(cache, "get_seq_length", None)
-    raise ValueError(
-        f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a {type(cache).__name__}"
-        + (f" of {held()} tokens: drop it, or `reset` it." if held else ": drop it.")
-    )
+    got = type(cache).__name__
+    if isinstance(cache, Cache):
+        got += f" of {cache.get_seq_length()} tokens: drop it, or `reset` it"
+    else:
+        got += ": drop it"
+    raise ValueError(f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a {got}.")
 
 
 def _check_position_ids(position_ids, ids: torch.LongTensor, mask) -> None:

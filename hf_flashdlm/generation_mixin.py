@@ -43,6 +43,7 @@ from .guider_reader import is_language_model
 from .parts import choose_parts
 from .stopping import RowEnds
 from .streaming import Stream
+from .synchronizing import SynchronizedDenoiser, has_plain_weights, is_sharded
 from .unmasking import Drafter
 
 
@@ -92,11 +93,13 @@ class FlashDLMGenerationMixin(GenerationMixin):
         if callable(custom_generate):
             # Transformers drops what `_sample` takes, too, even if the callable names it.
             named = inspect.signature(custom_generate).parameters
-            for name, value in (("tokenizer", kwargs.get("tokenizer")), ("streamer", streamer)):
-                ours |= {name: value} if name in named else {}
+            dropped = {"tokenizer": kwargs.get("tokenizer"), "streamer": streamer, "synced_gpus": synced_gpus}
+            ours |= {name: value for name, value in dropped.items() if name in named}
         extracted = super()._extract_generation_mode_kwargs(
             custom_generate, kwargs, synced_gpus, assistant_model, streamer
         )
+        if synced_gpus is None:
+            extracted.pop("synced_gpus", None)  # decided in `_sample`, which knows sharding of every kind
         return extracted | {name: value for name, value in ours.items() if value is not None}
 
     def _prepare_generation_config(self, generation_config: GenerationConfig | None, **kwargs):
@@ -143,13 +146,22 @@ class FlashDLMGenerationMixin(GenerationMixin):
         elif model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = FreeCache()
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: the scheduler of Transformers would decode from left to right."""
+        raise ValueError(
+            "`generate_batch` and continuous batching decode from left to right, which a diffusion model does not: "
+            "call `generate` with a padded batch."
+        )
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
     def _sample(  # noqa: PLR0913, the signature of Transformers
         self,
         input_ids: torch.LongTensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: list,
         generation_config: GenerationConfig,
-        synced_gpus: bool = False,
+        synced_gpus: bool | None = None,
         streamer=None,
         guider=None,
         generator: torch.Generator | None = None,
@@ -157,10 +169,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
     ) -> DiffusionGenerationOutput | torch.LongTensor:
         """Hook 5 of 5: one call becomes one run of the loop."""
         started = time.perf_counter()
-        if not isinstance(generator, torch.Generator | None):
-            raise ValueError(f"`generator` must be a `torch.Generator`, got {type(generator).__name__}.")
-        if generator is not None and not generation_config.do_sample:
-            raise ValueError("`generator` is the source of randomness of `do_sample=True`, got do_sample=False.")
+        _check_generator(generator, generation_config.do_sample)
         _check_model(self)
         # 1. The canvas: prompt and masks.
         max_length = int(generation_config.max_length)
@@ -179,17 +188,18 @@ class FlashDLMGenerationMixin(GenerationMixin):
         method = choose_parts(options, num_new, None if guider is None else guider.lookahead)
         compile_config = generation_config.compile_config
         denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs, compile_config)
+        denoiser = _synchronized(denoiser, self, guider, synced_gpus)
         temperature = generation_config.temperature if generation_config.do_sample else None
         if guider is not None:
             guider.reset(self, canvas_mask, mask_token_id, temperature, generator, compile_config)
         confidence = options.confidence if options.entropy_bound is None else "entropy"
         drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
-        processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip)
         # 3. The loop.
         state = DenoisingState.start(canvas, mask_token_id, prompt_length, method.window_policy.history)
         ends = RowEnds(
             state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria), skip
         )
+        processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip, ends.shown)
         stream = Stream(streamer, prompt_length, skip)
 
         def after_step(state):
@@ -197,8 +207,10 @@ class FlashDLMGenerationMixin(GenerationMixin):
             stream.show(state.rows, final)
             return finished
 
-        with _without_autograd(compile_config):
+        with _without_autograd(compile_config, self, guider):
             denoise(state, denoiser, method, processors, drafter, after_step)
+            if isinstance(denoiser, SynchronizedDenoiser):
+                denoiser.finish(canvas)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
@@ -263,6 +275,13 @@ def _read_options(generation_config: GenerationConfig, num_new: int) -> Diffusio
     return options
 
 
+def _check_generator(generator, do_sample: bool) -> None:
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(f"`generator` must be a `torch.Generator`, got {type(generator).__name__}.")
+    if generator is not None and not do_sample:
+        raise ValueError("`generator` is the source of randomness of `do_sample=True`, got do_sample=False.")
+
+
 def _check_model(model) -> None:
     """The contract with a model of any class."""
     accepted = inspect.signature(model.forward).parameters
@@ -272,6 +291,12 @@ def _check_model(model) -> None:
         raise ValueError(
             f"`model` must take {', '.join(f'`{name}`' for name in missing)} in its forward, which "
             f"{type(model).__name__} does not: a diffusion decode feeds it parts of a canvas."
+        )
+    prepares = vars(model).get("prepare_inputs_for_generation")
+    if prepares is not None and getattr(prepares, "__func__", None) is not type(model).prepare_inputs_for_generation:
+        raise ValueError(
+            "`model` has an adapter of prompt or prefix tuning, whose tokens a diffusion decode would leave out: use "
+            "one that changes the weights, such as LoRA."
         )
     # A module's own `getattr` is slow where there is no such attribute.
     causal = any(vars(one).get("is_causal", getattr(type(one), "is_causal", False)) for one in model.modules())
@@ -292,13 +317,32 @@ def _check_model(model) -> None:
         )
 
 
-def _without_autograd(compile_config):
+def _without_autograd(compile_config, model, guider):
     """
-    Inference mode, which is cheaper per operation than the `no_grad` of Transformers. Parameters that are
-    sharded over processes do not stand it, and to captured graphs it makes no difference.
+    Inference mode, which is cheaper per operation than the `no_grad` of Transformers, if all weights are plain
+    tensors; captured graphs do not profit from it.
     """
-    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return nullcontext() if is_distributed or compile_config is not None else torch.inference_mode()
+    models = [one for one in (model, getattr(guider, "model", None)) if isinstance(one, torch.nn.Module)]
+    is_plain = compile_config is None and all(map(has_plain_weights, models))
+    return torch.inference_mode() if is_plain else nullcontext()
+
+
+def _synchronized(denoiser, model, guider, synced_gpus: bool | None):
+    """The denoiser, prepared for forwards that are collective if they are."""
+    if not (is_sharded(model) if synced_gpus is None else synced_gpus):
+        return denoiser
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        raise ValueError(
+            "`synced_gpus` needs several processes, got one without a process group: drop it, or call "
+            "`torch.distributed.init_process_group`."
+        )
+    reader = getattr(guider, "model", None)
+    if isinstance(reader, torch.nn.Module) and is_sharded(reader):
+        raise ValueError(
+            "`guider` must be whole on every process, got one that is sharded: how often it is asked depends on the "
+            "text of each."
+        )
+    return SynchronizedDenoiser(denoiser, model)
 
 
 def _split_guidance(logits_processor: LogitsProcessorList):

@@ -5,6 +5,7 @@ nothing of architectures, steps, policies, or why a cache is frozen where it is.
 """
 
 from .block_causal import make_block_causal
+from .diffusion_loss import declare_shift, takes_loss_weights
 from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 
 
@@ -15,9 +16,16 @@ class DiffusionModelMixin(FlashDLMGenerationMixin):
 
     The logits are those of the original model, unshifted: row i scores the token at position
     i + `config.logits_shift`. `labels` of shape `(batch_size, sequence_length)` hold the token of each masked position
-    and -100 elsewhere, in place: the loss accounts for the shift. `attention_mask` of shape
-    `(batch_size, past_length + sequence_length)` covers the cached positions, too.
+    and -100 elsewhere, in place: the loss accounts for the shift. `loss_weights` of the same shape weight their
+    cross-entropy. `attention_mask` of shape `(batch_size, past_length + sequence_length)` covers the cached positions,
+    too.
     """
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls.forward = takes_loss_weights(cls.forward)
+        if cls.config_class.logits_shift:
+            declare_shift(cls)
 
     def __init__(self, config):
         super().__init__(config)

@@ -7,6 +7,7 @@ Qwen2. Knows nothing of steps, blocks, policies, or why a cache is frozen where 
 from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from .configuration_dream import DreamConfig
+from .diffusion_loss import declare_shift, takes_loss_weights
 from .generation_mixin import FlashDLMGenerationMixin
 
 
@@ -18,8 +19,9 @@ class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
     `forward` takes the arguments of [`~transformers.Qwen2ForCausalLM`]. Its logits of shape
     `(batch_size, sequence_length, config.vocab_size)` are those of the original model, unshifted: those at position i
     score the token at position i + `config.logits_shift`. `labels` of shape `(batch_size, sequence_length)` hold the
-    token of each masked position and -100 elsewhere, in place: the loss accounts for the shift. `attention_mask` of
-    shape `(batch_size, past_length + sequence_length)` covers the cached positions, too.
+    token of each masked position and -100 elsewhere, in place: the loss accounts for the shift. `loss_weights` of the
+    same shape weight their cross-entropy. `attention_mask` of shape `(batch_size, past_length + sequence_length)`
+    covers the cached positions, too.
 
     Example:
 
@@ -31,6 +33,7 @@ class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
     ```"""
 
     config: DreamConfig
+    forward = takes_loss_weights(Qwen2ForCausalLM.forward)
 
     def __init__(self, config: DreamConfig):
         super().__init__(config)
@@ -40,5 +43,7 @@ class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
             # With no mask to say otherwise, attention backends read causality off the module.
             layer.self_attn.is_causal = False
 
+
+declare_shift(DreamModel)
 
 __all__ = ["DreamModel"]

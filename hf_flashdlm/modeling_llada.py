@@ -29,6 +29,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .compiling import CACHE_NAME
 from .configuration_llada import LLaDAConfig
+from .diffusion_loss import takes_loss_weights
 from .generation_mixin import FlashDLMGenerationMixin
 
 
@@ -282,6 +283,7 @@ class LLaDAModelLM(FlashDLMGenerationMixin, LLaDAPreTrainedModel):
         return embeddings
 
     @takes_past_key_values
+    @takes_loss_weights
     @can_return_tuple
     def forward(
         self,
@@ -315,6 +317,8 @@ class LLaDAModelLM(FlashDLMGenerationMixin, LLaDAPreTrainedModel):
             logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0):
                 Compute logits only for that many last positions (0 for all), or for the positions in a tensor of one
                 dimension, counted within `input_ids`.
+            loss_weights (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+                Factor of the cross-entropy of each label.
 
         Returns:
             [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape

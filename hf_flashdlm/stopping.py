@@ -68,7 +68,7 @@ class RowEnds:
             for row in state.rows
         }
         stopped = {}  # of each row: the length at which it is told to
-        shown = self._shown(max(reached.stop for reached in lengths.values()), state.canvas.device)
+        shown = self.shown(max(reached.stop for reached in lengths.values()), state.canvas.device)
         for length in sorted(set().union(*lengths.values())):
             reached = {index for index in lengths if length in lengths[index]} - stopped.keys()
             for criterion in self.stopping_criteria if reached else ():
@@ -82,8 +82,11 @@ class RowEnds:
             elif row.index in stopped:
                 self.clean[row.index], self.finished[row.index] = stopped[row.index], True
 
-    def _shown(self, length: int, device) -> torch.LongTensor:
-        """What criteria are shown of the caller's batch, up to `length`."""
+    def shown(self, length: int, device) -> torch.LongTensor:
+        """
+        The caller's batch up to the position `length`, as criteria and processors are shown it: of each row its clean
+        text, then mask tokens, or pad tokens if it is finished.
+        """
         shown = []
         for row, clean, finished in zip(self.rows, self.clean, self.finished, strict=True):
             filler = self.pad_token_id if finished else self.mask_token_id

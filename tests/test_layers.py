@@ -17,14 +17,14 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_")))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "tokenization_dream", "unsupported", "version"}
+PACKAGE_ONLY = {"__init__", "__main__", "data_collator", "tokenization_dream", "unsupported", "version"}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
-    "cache canvas_processors compiling configuration_diffusion configuration_dream generation_output guider_gate "
-    "methods schedule streaming tokenization_dream unmasking unsupported version windows",
+    "cache canvas_processors compiling configuration_diffusion configuration_dream diffusion_loss generation_output "
+    "guider_gate methods schedule streaming synchronizing tokenization_dream unmasking unsupported version windows",
     "block_causal blocks configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
-    "configuration_open_dcoder configuration_sdar denoiser generation_config guider_reader stopping",
+    "configuration_open_dcoder configuration_sdar data_collator denoiser generation_config guider_reader stopping",
     "configuration_llada",
     "denoising_loop generation_inputs guider_text",
     "guider parts",

@@ -57,8 +57,15 @@ def test_logits_are_those_of_the_original(name, tag, attention):
     torch.testing.assert_close(logits[meaningful], expected[meaningful], atol=ATOL, rtol=0)
 
 
+def test_a_model_with_shifted_logits_is_no_masked_language_model():
+    """`pipeline("fill-mask")` takes the logits at a position for those that score it, which Dream's are not."""
+    assert type(AutoModelForMaskedLM.from_pretrained(GOLDENS / "model_llada")) is LLaDAModelLM
+    with pytest.raises(ValueError, match="^Unrecognized configuration class .*DreamConfig.* this kind of AutoModel"):
+        AutoModelForMaskedLM.from_pretrained(GOLDENS / "model_dream")
+
+
 @every_name
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM])
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForCausalLM])
 def test_auto_classes_load_the_original_checkpoint_without_remote_code(name, auto_class):
     assert type(auto_class.from_pretrained(GOLDENS / f"model_{name}")) is CLASSES[name][1]
 

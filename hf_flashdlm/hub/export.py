@@ -322,7 +322,8 @@ def _save_code(model: PreTrainedModel, directory: Path) -> None:
     config = model.config
     config.auto_map = {}
     config.architectures = [SERVED_AS]
-    for name in AUTO_CLASSES:
+    # A masked language model scores each position in place.
+    for name in AUTO_CLASSES[: -1 if config.logits_shift else None]:
         model._auto_class = name
         custom_object_save(model, directory, config)
     config._auto_class = "AutoConfig"

@@ -61,8 +61,9 @@ def test_weights_names_and_options_are_kept(exported):
         "AutoConfig": "configuration_dream.DreamConfig",
         "AutoModel": model,
         "AutoModelForCausalLM": model,
-        "AutoModelForMaskedLM": model,
     }
+    in_place = json.loads((exported[LLADA] / "config.json").read_text())["auto_map"]
+    assert in_place["AutoModelForMaskedLM"] == "modeling_llada.LLaDAModelLM"
     assert hasattr(transformers, config["architectures"][0])  # otherwise `transformers serve` cannot load it
     options = json.loads((exported[MODEL] / "generation_config.json").read_text())
     assert (options["block_length"], options["max_new_tokens"], options["do_sample"]) == (8, 64, False)

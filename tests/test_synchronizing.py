@@ -1,0 +1,72 @@
+"""Processes whose forwards are collective: they run as many of them, however different their texts are."""
+
+import datetime
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed, multiprocessing
+
+from hf_flashdlm import LLaDAModelLM
+from hf_flashdlm.synchronizing import SynchronizedDenoiser
+
+
+MODEL = Path(__file__).parent / "goldens" / "model_llada"
+PROMPTS = [[[5, 70, 200, 41]], [[7, 9], [77, 130]]]
+LENGTHS = [2, 12]
+
+
+def options(rank):
+    return dict(max_new_tokens=LENGTHS[rank], block_length=1, stop_at_eos=False)
+
+
+def work(rank, path, queue):
+    """Decode another prompt in each process, with a collective call in each forward, as sharded weights have."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2, timeout=timeout)
+    model, forwards = LLaDAModelLM.from_pretrained(MODEL).eval(), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(distributed.all_reduce(torch.ones(1))))
+    output = model.generate(
+        torch.tensor(PROMPTS[rank]), synced_gpus=True, return_dict_in_generate=True, **options(rank)
+    )
+    distributed.barrier()
+    queue.put((rank, len(forwards), output.nfe.tolist(), output.sequences.tolist()))
+    distributed.destroy_process_group()
+
+
+def test_a_process_whose_rows_are_finished_goes_on_until_all_are(tmp_path, tiny):
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.start_processes(work, (tmp_path / "store", queue), 2, start_method="spawn")
+    for rank, forwards, nfe, sequences in sorted(queue.get() for _ in range(2)):
+        assert forwards == 12, "as many as the longest decode has"
+        assert sequences == tiny("llada").generate(torch.tensor(PROMPTS[rank]), **options(rank)).tolist()
+        assert nfe == [LENGTHS[rank]] * len(PROMPTS[rank]), "empty forwards are not counted"
+
+
+def test_every_forward_is_announced_and_the_end_is_waited_for(monkeypatch):
+    others, told, forwards = [2.0, 1.0, 1.0, 0.0], [], []
+
+    def all_reduce(flag):
+        told.append(float(flag))
+        flag += others.pop(0)
+
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
+    denoiser = SynchronizedDenoiser(lambda canvas, *args: args, lambda **inputs: forwards.append(inputs))
+    canvas = torch.zeros(2, 5, dtype=torch.long)
+    assert denoiser(canvas, "windows") == ("windows",)
+    denoiser.finish(canvas)
+    assert told == [1, 0, 0, 0] and len(forwards) == 2
+    assert all(inputs["input_ids"].shape == (1, 1) for inputs in forwards)
+
+
+def test_a_sharded_guider_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr("hf_flashdlm.generation_mixin.is_sharded", lambda model: True)
+    with pytest.raises(ValueError) as error:
+        tiny("llada").generate(torch.tensor([[5, 6]]), guider=tiny("guider"), max_new_tokens=3, synced_gpus=True)
+    assert str(error.value) == (
+        "`guider` must be whole on every process, got one that is sharded: how often it is asked depends on the text "
+        "of each."
+    )
