@@ -159,3 +159,68 @@ def test_a_processor_of_the_callers_sees_what_is_known_left_of_a_position(tiny, 
     output = decode(tiny("llada"), [[5, 6]], **options, logits_processor=LogitsProcessorList([processor]))
     assert seen == [output.sequences[0, :length].tolist() for length in range(2, 6)]
     assert output.sequences.tolist() == decode(tiny("llada"), [[5, 6]], **options).sequences.tolist()
+
+
+class Follows:
+    """As grammar libraries do: remembers where each row stands, and goes on by the one token that it is shown anew."""
+
+    def __init__(self, *texts):
+        self.texts, self.shown = texts, None
+
+    def __call__(self, input_ids, scores):
+        if self.shown is not None:
+            assert input_ids[:, :-1].equal(self.shown), "one token more for each row, once"
+        self.shown = input_ids.clone()
+        step, only = input_ids.shape[1] - 8, torch.full_like(scores, -torch.inf)
+        for row, text in enumerate(self.texts):
+            only[row, text[min(step, len(text) - 1)]] = 0
+        return only
+
+
+@pytest.mark.parametrize("policy", [dict(), dict(window_policy="prefix"), dict(right_window=4)], ids=str)
+@every_model
+def test_a_processor_with_a_state_for_each_row_is_called_as_from_left_to_right(tiny, decode, name, policy):
+    end = ENDS[0]
+    texts = [[130, 131, end], [140, 141, 142, 143, 144, 145, end], list(range(150, 162))]
+    options = dict(max_new_tokens=12, block_length=6, eos_token_id=ENDS, pad_token_id=0, **policy)
+    processor = Follows(*texts)
+    output = decode(tiny(name), PROMPTS, **options, logits_processor=LogitsProcessorList([processor]))
+    assert [generated(output, row) for row in range(3)] == [text + [0] * (12 - len(text)) for text in texts]
+    assert processor.shown[0, 8:].tolist() == [130, 131, end] + [0] * 8, "an ended row goes on with padding"
+
+
+def test_a_prefix_function_is_asked_with_the_row_of_the_callers_batch(tiny, decode):
+    def allowed(row, input_ids):
+        return [300 + row, 310 + row] if int(input_ids[-1]) != 300 + row else [310 + row]
+
+    output = decode(tiny("llada"), PROMPTS, max_new_tokens=6, block_length=6, prefix_allowed_tokens_fn=allowed)
+    for row in range(3):
+        text = generated(output, row)
+        assert set(text) <= {300 + row, 310 + row}
+        assert [300 + row] * 2 not in [text[i : i + 2] for i in range(5)]
+
+
+@every_model
+@pytest.mark.parametrize("policy", [dict(), dict(window_policy="dkv"), dict(steps=4), dict(confidence_threshold=0.0)])
+def test_what_is_promised_of_the_text_holds_in_blocks_that_are_written_in_parallel(tiny, decode, name, policy):
+    options = dict(max_new_tokens=24, block_length=24, stop_at_eos=False, **policy)
+    plain = generated(decode(tiny(name), [PROMPT], **options))
+    words = [[plain[3]], plain[10:12]]
+    output = decode(tiny(name), PROMPTS, **options, no_repeat_ngram_size=2, bad_words_ids=words)
+    for row in range(3):
+        text = generated(output, row)
+        pairs = list(zip(text[:-1], text[1:], strict=True))
+        assert len(set(pairs)) == len(pairs) and plain[3] not in text and tuple(plain[10:12]) not in pairs
+
+
+def test_a_processor_that_says_it_reads_scores_alone_does_not_slow_a_decode(tiny, decode):
+    class Colder:
+        positionwise = True
+
+        def __call__(self, input_ids, scores):
+            return 2 * scores
+
+    options = dict(max_new_tokens=12, block_length=12, steps=4)
+    plain = decode(tiny("llada"), PROMPTS, **options)
+    output = decode(tiny("llada"), PROMPTS, **options, logits_processor=LogitsProcessorList([Colder()]))
+    assert output.nfe.tolist() == plain.nfe.tolist() == [4] * 3
