@@ -13,6 +13,7 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .block_causal import AttentionBlocks, for_backend
 from .cache import FreeCache
 from .compiling import CompiledForward
 from .windows import Window
@@ -64,11 +65,20 @@ class Denoiser:
         compile_config (`CompileConfig`, *optional*):
             Compile the forward, as Transformers does, for static shapes: windows are filled up with copies of their
             last position, queries see all keys through a mask. The first forward, which makes the buffers, is eager.
+        attention_blocks ([`AttentionBlocks`], *optional*):
+            Those of a model with block-causal attention; without them a query sees all keys.
     """
 
-    def __init__(
-        self, model, canvas_mask: torch.LongTensor, cache: FreeCache | None, logits_shift: int, compile_config=None
+    def __init__(  # noqa: PLR0913, what a forward depends on
+        self,
+        model,
+        canvas_mask: torch.LongTensor,
+        cache: FreeCache | None,
+        logits_shift: int,
+        compile_config=None,
+        attention_blocks: AttentionBlocks | None = None,
     ):
+        self.model, self.attention_blocks = model, attention_blocks
         self.forward = CompiledForward(model, compile_config)
         self.is_static = compile_config is not None
         self.backend = attention_backend(model)
@@ -115,7 +125,7 @@ class Denoiser:
         logits = self.forward(
             input_ids=input_ids,
             position_ids=position_ids,
-            **self._attention([window.attended for window in windows], feed, input_ids.shape[1]),
+            **self._attention(windows, computed, feed, input_ids.shape[1]),
             cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
@@ -144,6 +154,8 @@ class Denoiser:
         # With a shift the first score comes from the position before it, which a cut window has to include.
         lows = [min(window.lo, max(first - self.shift, 0)) for window, first in zip(windows, frontier, strict=True)]
         stops = [window.hi for window in windows]
+        if not self.cache.is_initialized:
+            stops = [max(stops)] * len(stops)  # the first forward makes the buffers, the same for all rows
         frozen = [min(window.frozen, lo) for window, lo in zip(windows, lows, strict=True)]
         if any(window.frozen < length for window, length in zip(windows, self.cache.frozen, strict=False)):
             self.cache.thaw()  # a fresh cache has one length for all rows, 0, which nothing is below
@@ -151,8 +163,8 @@ class Denoiser:
         attended = self._num_keys([window.attended for window in windows])
         if any(window.scored is not None for window in windows):
             return self._plan_scattered(windows, positions, attended)
-        computed = [stop - lo for stop, lo in zip(stops, lows, strict=True)]
-        slots = self._slots(positions, lows, max(computed))
+        computed = [window.hi - lo for window, lo in zip(windows, lows, strict=True)]
+        slots = self._slots(positions, lows, max(stop - lo for stop, lo in zip(stops, lows, strict=True)))
         if len(set(lows)) == len(set(stops)) == 1 and not self._sees_all:
             self.cache.window(lows[0], stops[0], attended)
             return slice(lows[0], stops[0]), slots, computed
@@ -207,9 +219,15 @@ class Denoiser:
         """How many leading keys the queries are given; a mask hides those that a row does not see."""
         return self.canvas_mask.shape[1] if self._sees_all else max(attended)
 
-    def _attention(self, attended: list[int], feed, num_queries: int) -> dict:
+    def _attention(self, windows: list[Window], computed: list[int], feed, num_queries: int) -> dict:
         """The arguments of the forward that say which keys the queries of each row see."""
+        attended = [window.attended for window in windows]
         longest = self._num_keys(attended)
+        if self.attention_blocks is not None:
+            lows = [min(window.lo, window.hi - count) for window, count in zip(windows, computed, strict=True)]
+            if not self._sees_all and self.attention_blocks.sees_all(lows, attended):
+                return {"attention_mask": None, "is_causal": False}  # beside it, the model makes no mask of its own
+            return {"attention_mask": for_backend(self.attention_blocks.mask(feed, attended, longest), self.model)}
         uneven = self._sees_all or min(attended) < longest
         if self.backend == "flash":
             # By itself it takes one row at scattered positions for several packed ones.
@@ -248,6 +266,8 @@ class Denoiser:
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
         self.first = [self.first[index] for index in indices.tolist()]
+        if self.attention_blocks is not None:
+            self.attention_blocks.batch_select_indices(indices)
         if self.cache is not None:
             self.cache.batch_select_indices(indices)
 

@@ -12,6 +12,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig
 
+from .block_causal import for_backend
 from .compiling import CACHE_NAME, device_of
 from .generation_config import DiffusionOptions
 
@@ -21,6 +22,16 @@ LARGEST_BATCH = 2**28  # positions of all rows
 MOST_SEQUENCES = 2**16  # `num_return_sequences`
 MOST_STEPS = 2**20  # `steps` and `freeze_lag`, which take memory in proportion to themselves
 SMALLEST, LARGEST = 1e-20, 1e20  # of numbers that scores in float32 are divided by or multiplied with
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Prompts, masks to be unmasked, and where blocks begin; see [`make_canvas`]."""
+
+    ids: torch.Tensor  # (B, L) token ids
+    mask: torch.Tensor  # (B, L) 0 where the canvas holds padding
+    block_origins: list[int]  # the column of each row that blocks are counted from
+    attention_block_length: int | None  # that of a model with block-causal attention
 
 
 @dataclass(frozen=True)
@@ -201,6 +212,88 @@ def lay_out(model, input_ids: torch.LongTensor, prompt_mask, guidance, max_lengt
         *(pad(one, (longest - one.shape[1], 0)) for one in (ids, mask)),
         *(pad(one, (longest - one.shape[1], 0)) for one in (negative, negative_mask)),
     )
+
+
+def make_canvas(model, layout: Layout, num_new: int, mask_token_id: int, pad_token_id: int) -> Canvas:
+    r"""
+    Put masks after the prompts: `num_new` of them, or where attention blocks are counted from the start of a row as
+    many as fill its last block, which the model was trained to see whole.
+
+    Args:
+        model (`PreTrainedModel`): The diffusion model.
+        layout ([`Layout`]): The prompts.
+        num_new (`int`): Length of the generated region.
+        mask_token_id (`int`): The mask token.
+        pad_token_id (`int`): Stands after the last block of a row that is shorter than others.
+    """
+    prompt_length = layout.input_ids.shape[1]
+    end = prompt_length + num_new
+    config = model.config.get_text_config()
+    length = getattr(config, "attention_block_length", None)
+    origins, stops = [prompt_length] * len(layout.input_ids), [end] * len(layout.input_ids)
+    if length is not None and config.attention_block_origin == "row":
+        origins = layout.prompt_mask.argmax(1).tolist()
+        stops = [end + (origin - end) % length for origin in origins]
+    ids = pad(layout.input_ids, (0, max(stops) - prompt_length), value=mask_token_id)
+    for row, stop in zip(ids, stops, strict=True):
+        row[stop:] = pad_token_id
+    return Canvas(ids, pad(layout.prompt_mask, (0, max(stops) - prompt_length), value=1), origins, length)
+
+
+def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None:
+    r"""
+    Refuse options that would make a decode with block-causal attention inexact, or that have no meaning there.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    config = model.config.get_text_config()
+    length = getattr(config, "attention_block_length", None)
+    if length is None:
+        if options.first_token_alone:
+            raise ValueError(
+                "`first_token_alone` belongs to models with block-causal attention, got a "
+                f"{type(model).__name__}, which attends to the whole canvas: drop it."
+            )
+        return
+    name = f"a {type(model).__name__}, whose attention is block-causal"
+    for_backend(torch.ones(1, 1, 1, 1, dtype=torch.bool), model)
+    if options.window_policy in ("prefix", "dkv"):
+        raise ValueError(
+            f"`window_policy` must be 'freecache', 'dual' or 'none' for {name}, got {options.window_policy!r}: "
+            "'freecache' is exact there."
+        )
+    if options.attend_stale or options.freeze_lag == 0:
+        given = "attend_stale=True" if options.attend_stale else "freeze_lag=0"
+        raise ValueError(f"`{given}` would make states inexact that are exact for {name}: drop it.")
+    if options.freeze_length is not None and options.freeze_length % length:
+        raise ValueError(
+            f"`freeze_length` must be a multiple of the {length} positions of a block for {name}, got "
+            f"{options.freeze_length}: drop it."
+        )
+    if options.right_window is not None and options.right_window < length:
+        raise ValueError(
+            f"`right_window` must hold the {length} positions of a block for {name}, got {options.right_window}: drop "
+            "it."
+        )
+    if options.window_policy == "dual" and options.block_length is not None and length % options.block_length:
+        raise ValueError(
+            f"`block_length` must divide the {length} positions of an attention block with window_policy='dual', got "
+            f"{options.block_length}."
+        )
+    if config.attention_block_origin != "row":
+        return
+    if options.steps is not None:
+        raise ValueError(
+            f"`steps` are spread over blocks that begin at the end of the prompt, got {options.steps} for {name}, "
+            "counted from the start of a row: pass `steps_per_block`."
+        )
+    first = layout.prompt_mask.argmax(1)
+    if layout.negative_mask is not None and not torch.equal(layout.negative_mask.argmax(1), first):
+        raise ValueError(
+            f"`negative_prompt_ids` must be as long as the prompt of their row for {name}, so that blocks coincide: "
+            "pass others, or none."
+        )
 
 
 def _negative_prompts(model, context: dict, num_rows: int):

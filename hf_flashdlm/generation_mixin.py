@@ -23,6 +23,7 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from .block_causal import AttentionBlocks
 from .cache import FreeCache
 from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
 from .compiling import CACHE_NAME, cache_name
@@ -30,11 +31,14 @@ from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
 from .generation_config import PARTS, PEER_NAMES, DiffusionOptions
 from .generation_inputs import (
+    Canvas,
     Layout,
+    check_block_causal,
     check_inputs,
     check_numbers,
     check_prompt,
     lay_out,
+    make_canvas,
     mask_token_id_of,
 )
 from .generation_output import DiffusionGenerationOutput
@@ -179,27 +183,31 @@ class FlashDLMGenerationMixin(GenerationMixin):
         logits_processor, guidance = _split_guidance(logits_processor)
         layout = lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance, max_length)
         check_prompt(self, layout, mask_token_id, max_length)
-        canvas = pad(layout.input_ids, (0, num_new), value=mask_token_id)
-        canvas_mask = pad(layout.prompt_mask, (0, num_new), value=1)
+        check_block_causal(self, options, layout)
+        pad_token_id = _pad_token_id(generation_config)
+        canvas = make_canvas(self, layout, num_new, mask_token_id, pad_token_id)
         # 2. The parts.
         guider = _guider(guider, options)
         prompt_length = layout.input_ids.shape[1]
         skip = prompt_length - input_ids.shape[1]  # a longer negative prompt pads the prompt
-        method = choose_parts(options, num_new, None if guider is None else guider.lookahead)
+        lookahead = None if guider is None else guider.lookahead
+        method = choose_parts(options, num_new, lookahead, canvas.attention_block_length)
         compile_config = generation_config.compile_config
-        denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs, compile_config)
+        denoiser = _denoiser(self, canvas, layout, guidance, mask_token_id, model_kwargs, compile_config)
         denoiser = _synchronized(denoiser, self, guider, synced_gpus)
         temperature = generation_config.temperature if generation_config.do_sample else None
         if guider is not None:
-            guider.reset(self, canvas_mask, mask_token_id, temperature, generator, compile_config)
+            guider.reset(self, canvas.mask, mask_token_id, temperature, generator, compile_config)
         confidence = options.confidence if options.entropy_bound is None else "entropy"
         drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
         # 3. The loop.
-        state = DenoisingState.start(canvas, mask_token_id, prompt_length, method.window_policy.history)
-        ends = RowEnds(
-            state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria), skip
+        history, edits_tokens = method.window_policy.history, method.editing is not None
+        state = DenoisingState.start(
+            canvas.ids, mask_token_id, prompt_length, history, canvas.block_origins, edits_tokens
         )
-        processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip, ends.shown)
+        end_rule = _ends(options, stopping_criteria)
+        ends = RowEnds(state, prompt_length, pad_token_id, *end_rule, skip, prompt_length + num_new)
+        processors = CanvasProcessors(logits_processor, canvas.mask, mask_token_id, guider, skip, ends.shown)
         stream = Stream(streamer, prompt_length, skip)
 
         def after_step(state):
@@ -210,7 +218,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         with _without_autograd(compile_config, self, guider):
             denoise(state, denoiser, method, processors, drafter, after_step)
             if isinstance(denoiser, SynchronizedDenoiser):
-                denoiser.finish(canvas)
+                denoiser.finish(canvas.ids)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
@@ -305,11 +313,6 @@ def _check_model(model) -> None:
             f"`model` must be a bidirectional masked diffusion model, got {type(model).__name__} with causal "
             "attention: if its weights were trained for diffusion, call `make_bidirectional(model)`."
         )
-    if getattr(model.config.get_text_config(), "attention_block_length", None) is not None:
-        raise ValueError(
-            f"`model` must attend to the whole canvas, got {type(model).__name__} with block-causal attention, which "
-            "`generate` cannot decode yet: call its forward, or decode it with its own code."
-        )
     if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         raise ValueError(
             f"`model` must attend to the whole canvas in every layer, got {type(model).__name__} with sliding "
@@ -356,21 +359,27 @@ def _split_guidance(logits_processor: LogitsProcessorList):
 
 
 def _denoiser(  # noqa: PLR0913, what a call is made of
-    model, canvas, canvas_mask, layout: Layout, guidance, mask_token_id: int, model_kwargs, compile_config
+    model, canvas: Canvas, layout: Layout, guidance, mask_token_id: int, model_kwargs, compile_config
 ):
     shift = getattr(model.config, "logits_shift", 0)
-    cache = model_kwargs.get(CACHE_NAME)
+    cache, length = model_kwargs.get(CACHE_NAME), canvas.ids.shape[1]
     if cache is not None:
-        cache.target.canvas_length = canvas.shape[1]
+        cache.target.canvas_length = length
+
+    def of(canvas_mask, num_halves: int) -> Denoiser:
+        origins = num_halves * canvas.block_origins
+        blocks = canvas.attention_block_length and AttentionBlocks(canvas.attention_block_length, origins, canvas_mask)
+        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks)
+
     if guidance is None:
-        return Denoiser(model, canvas_mask, cache, shift, compile_config)
-    given = canvas != mask_token_id
-    unconditional, unconditional_mask = torch.full_like(canvas, mask_token_id), canvas_mask
+        return of(canvas.mask, 1)
+    given = canvas.ids != mask_token_id
+    unconditional, unconditional_mask = torch.full_like(canvas.ids, mask_token_id), canvas.mask
     if layout.negative_ids is not None:
-        after = (0, canvas.shape[1] - layout.negative_ids.shape[1])
+        after = (0, length - layout.negative_ids.shape[1])
         unconditional = pad(layout.negative_ids, after, value=mask_token_id)
         unconditional_mask = pad(layout.negative_mask, after, value=1)
-    denoiser = Denoiser(model, torch.cat([canvas_mask, unconditional_mask]), cache, shift, compile_config)
+    denoiser = of(torch.cat([canvas.mask, unconditional_mask]), 2)
     return ClassifierFreeGuidance(denoiser, guidance.guidance_scale, unconditional, given)
 
 

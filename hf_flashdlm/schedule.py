@@ -60,6 +60,52 @@ class UniformSchedule:
 
 
 @dataclass(frozen=True)
+class BlockSchedule:
+    r"""
+    The schedule of SDAR and LLaDA2.0: the positions of a block, also those that hold the prompt's last tokens, are
+    divided evenly over its steps; the first steps write one token more each if there is a remainder.
+
+    Args:
+        block_length (`int`): Length of a block.
+        steps (`int`): Denoising steps of each block.
+    """
+
+    block_length: int
+    steps: int
+
+    def __call__(self, row) -> tuple[int, int]:
+        """See [`Schedule`]."""
+        if row.step >= self.steps:
+            return max(row.block_masked, 1), row.step + 1  # as of `UniformSchedule`
+        quota = self.block_length // self.steps + (row.step < self.block_length % self.steps)
+        return max(quota, 1), row.step + 1
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    r"""
+    The schedule of dllm's samplers (`LinearAlphaScheduler`, https://github.com/ZHZisZZ/dllm): of S steps, step i writes
+    m (1 - (S - i - 1) / (S - i)) of the m positions of the block that are masked then, rounded half to even. A step
+    that would write nothing is not run.
+
+    Args:
+        steps (`int`): Denoising steps of each block.
+    """
+
+    steps: int
+
+    def __call__(self, row) -> tuple[int, int]:
+        """See [`Schedule`]."""
+        masked = row.masked.count(True, 0, row.block_stop)
+        for step in range(row.step, self.steps):
+            left = torch.tensor([self.steps - step - 1, self.steps - step], dtype=torch.float32)
+            quota = int((masked * (1 - left[0] / left[1])).round())  # float32 is part of the schedule
+            if quota > 0:
+                return quota, step + 1
+        return max(masked, 1), self.steps
+
+
+@dataclass(frozen=True)
 class TimestepSchedule:
     r"""
     Dream's schedule (`diffusion_generate`, https://github.com/DreamLM/Dream): with timesteps
