@@ -48,6 +48,9 @@ class DiffusionConfig(PreTrainedConfig):
             The logits at position i score the token at position i + `logits_shift`.
         attention_block_origin (`str`, *optional*, defaults to `"row"`):
             Where attention blocks are counted from, see [`make_block_causal`].
+        recommended_method (`str`, *optional*):
+            The named method whose settings `generate` uses where the caller gives none. Defaults to that of the
+            model's authors, where they recommend one.
 
     Raises:
         ValueError: If the fields contradict each other or ask for another kind of attention.
@@ -61,6 +64,7 @@ class DiffusionConfig(PreTrainedConfig):
     is_causal: bool = False
     logits_shift: int = 0
     attention_block_origin: str = "row"
+    recommended_method: str | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:

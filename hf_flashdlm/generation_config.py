@@ -28,6 +28,7 @@ SCHEDULES = ("uniform", "timesteps", "linear")
 BLOCKS = ("fixed", "whole", "adaptive")
 RULES = ("confidence_threshold", "factor", "frechet_delta", "entropy_bound")
 SCHEDULED = ("steps", "steps_per_block", "schedule")  # options that say how many tokens a step writes
+DECIDING = (*SCHEDULED, *RULES, "unmasking_rule", "editing_threshold")  # options that say which tokens a step writes
 
 # Names that other implementations use, and what they are called here.
 PEER_NAMES = {

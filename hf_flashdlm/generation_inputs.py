@@ -258,29 +258,7 @@ def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None
         return
     name = f"a {type(model).__name__}, whose attention is block-causal"
     for_backend(torch.ones(1, 1, 1, 1, dtype=torch.bool), model)
-    if options.window_policy in ("prefix", "dkv"):
-        raise ValueError(
-            f"`window_policy` must be 'freecache', 'dual' or 'none' for {name}, got {options.window_policy!r}: "
-            "'freecache' is exact there."
-        )
-    if options.attend_stale or options.freeze_lag == 0:
-        given = "attend_stale=True" if options.attend_stale else "freeze_lag=0"
-        raise ValueError(f"`{given}` would make states inexact that are exact for {name}: drop it.")
-    if options.freeze_length is not None and options.freeze_length % length:
-        raise ValueError(
-            f"`freeze_length` must be a multiple of the {length} positions of a block for {name}, got "
-            f"{options.freeze_length}: drop it."
-        )
-    if options.right_window is not None and options.right_window < length:
-        raise ValueError(
-            f"`right_window` must hold the {length} positions of a block for {name}, got {options.right_window}: drop "
-            "it."
-        )
-    if options.window_policy == "dual" and options.block_length is not None and length % options.block_length:
-        raise ValueError(
-            f"`block_length` must divide the {length} positions of an attention block with window_policy='dual', got "
-            f"{options.block_length}."
-        )
+    _check_exact(options, length, name)
     if config.attention_block_origin != "row":
         return
     if options.steps is not None:
@@ -293,6 +271,35 @@ def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None
         raise ValueError(
             f"`negative_prompt_ids` must be as long as the prompt of their row for {name}, so that blocks coincide: "
             "pass others, or none."
+        )
+
+
+def _check_exact(options: DiffusionOptions, length: int, name: str) -> None:
+    """Refuse what would approximate states that block-causal attention makes exact."""
+    if options.window_policy in ("prefix", "dkv"):
+        raise ValueError(
+            f"`window_policy` must be 'freecache', 'dual' or 'none' for {name}, got {options.window_policy!r}: "
+            "'freecache' is exact there."
+        )
+    if options.attend_stale or options.freeze_lag == 0:
+        given = "attend_stale" if options.attend_stale else "freeze_lag"
+        raise ValueError(
+            f"`{given}` would make states inexact that are exact for {name}, got {getattr(options, given)}: drop it."
+        )
+    if options.freeze_length is not None and options.freeze_length % length:
+        raise ValueError(
+            f"`freeze_length` must be a multiple of the {length} positions of an attention block for {name}, got "
+            f"{options.freeze_length}: drop it."
+        )
+    if options.right_window is not None and options.right_window < length:
+        raise ValueError(
+            f"`right_window` must hold the {length} positions of an attention block for {name}, got "
+            f"{options.right_window}: drop it."
+        )
+    if options.window_policy == "dual" and length % (options.block_length or length):
+        raise ValueError(
+            f"`block_length` must divide the {length} positions of an attention block with window_policy='dual', got "
+            f"{options.block_length}."
         )
 
 

@@ -29,7 +29,7 @@ from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
 from .compiling import CACHE_NAME, cache_name
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
-from .generation_config import PARTS, PEER_NAMES, DiffusionOptions
+from .generation_config import DECIDING, PARTS, PEER_NAMES, DiffusionOptions
 from .generation_inputs import (
     Canvas,
     Layout,
@@ -44,6 +44,7 @@ from .generation_inputs import (
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider
 from .guider_reader import is_language_model
+from .methods import METHODS
 from .parts import choose_parts
 from .stopping import RowEnds
 from .streaming import Stream
@@ -121,10 +122,8 @@ class FlashDLMGenerationMixin(GenerationMixin):
         _refuse_saved_objects(generation_config)
         for name, value in ours.items():
             setattr(generation_config, name, value)
-        if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
-            generation_config.block_length = None  # a recommendation of the model yields to a single block
-        if not hasattr(generation_config, "_recommends_block_length"):
-            generation_config._recommends_block_length = "block_length" not in given
+        if not hasattr(generation_config, "_recommended"):
+            self._recommend(generation_config, given)
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
@@ -132,6 +131,22 @@ class FlashDLMGenerationMixin(GenerationMixin):
         DiffusionOptions.read(generation_config)
         check_numbers(generation_config)
         return generation_config, model_kwargs
+
+    def _recommend(self, generation_config: GenerationConfig, given: set[str]) -> None:
+        """
+        Fill in the settings that the authors of the model recommend, where neither the call nor the checkpoint's
+        generation config chooses a method or the part; and note which settings are recommendations.
+        """
+        method = getattr(self.config, "recommended_method", None)
+        settings = METHODS[method] if method and getattr(generation_config, "method", None) is None else {}
+        chosen = {name for name in DiffusionOptions.names() if hasattr(generation_config, name)}
+        if chosen.intersection(DECIDING):
+            settings = {name: value for name, value in settings.items() if name not in DECIDING}
+        for name in settings.keys() - chosen:
+            setattr(generation_config, name, settings[name])
+        generation_config._recommended = (settings.keys() - chosen) | ({"block_length"} - given)
+        if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
+            generation_config.block_length = None  # a recommendation of the model yields to a single block
 
     def save_pretrained(self, *args, **kwargs):
         """[`~transformers.PreTrainedModel.save_pretrained`], but for a generation config that holds objects."""
@@ -178,7 +193,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         # 1. The canvas: prompt and masks.
         max_length = int(generation_config.max_length)
         num_new = max_length - input_ids.shape[1]
-        options = _read_options(generation_config, num_new)
+        options = _read_options(self, generation_config, num_new, guider)
         mask_token_id = mask_token_id_of(self, options)
         logits_processor, guidance = _split_guidance(logits_processor)
         layout = lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance, max_length)
@@ -195,18 +210,18 @@ class FlashDLMGenerationMixin(GenerationMixin):
         compile_config = generation_config.compile_config
         denoiser = _denoiser(self, canvas, layout, guidance, mask_token_id, model_kwargs, compile_config)
         denoiser = _synchronized(denoiser, self, guider, synced_gpus)
-        temperature = generation_config.temperature if generation_config.do_sample else None
+        drafter = _drafter(options, generation_config, mask_token_id, generator)
         if guider is not None:
-            guider.reset(self, canvas.mask, mask_token_id, temperature, generator, compile_config)
-        confidence = options.confidence if options.entropy_bound is None else "entropy"
-        drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
+            guider.reset(self, canvas.mask, mask_token_id, drafter.temperature, generator, compile_config)
         # 3. The loop.
-        history, edits_tokens = method.window_policy.history, method.editing is not None
         state = DenoisingState.start(
-            canvas.ids, mask_token_id, prompt_length, history, canvas.block_origins, edits_tokens
+            *(canvas.ids, mask_token_id, prompt_length, method.window_policy.history),
+            block_origins=canvas.block_origins,
+            edits_tokens=method.editing is not None,
         )
-        end_rule = _ends(options, stopping_criteria)
-        ends = RowEnds(state, prompt_length, pad_token_id, *end_rule, skip, prompt_length + num_new)
+        ends = RowEnds(
+            state, prompt_length, pad_token_id, *_ends(options, stopping_criteria), skip, prompt_length + num_new
+        )
         processors = CanvasProcessors(logits_processor, canvas.mask, mask_token_id, guider, skip, ends.shown)
         stream = Stream(streamer, prompt_length, skip)
 
@@ -242,7 +257,10 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
     architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3, others).
     """
-    model.config.is_causal = False
+    config = model.config.get_text_config()
+    config.is_causal = False
+    if getattr(config, "attention_block_length", None) is not None:
+        config.attention_block_length = None  # which the hook of `make_block_causal` reads
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False
@@ -275,11 +293,18 @@ def as_diffusion_model(model: PreTrainedModel) -> FlashDLMGenerationMixin:
     return view
 
 
-def _read_options(generation_config: GenerationConfig, num_new: int) -> DiffusionOptions:
-    """The options of the call; a block length that the model recommends yields to a shorter request."""
+def _read_options(model, generation_config: GenerationConfig, num_new: int, guider) -> DiffusionOptions:
+    """
+    The options of the call. A recommended block length yields to a shorter request, unless attention has blocks; a
+    recommended way to choose tokens yields to a guider.
+    """
     options = DiffusionOptions.read(generation_config)
-    if getattr(generation_config, "_recommends_block_length", False) and (options.block_length or 0) > num_new > 0:
-        return replace(options, block_length=num_new)
+    recommended = getattr(generation_config, "_recommended", set())
+    has_blocks = getattr(model.config.get_text_config(), "attention_block_length", None) is not None
+    if "block_length" in recommended and not has_blocks and (options.block_length or 0) > num_new > 0:
+        options = replace(options, block_length=num_new)
+    if guider is not None:
+        options = replace(options, **{name: None for name in recommended.intersection(DECIDING)})
     return options
 
 
@@ -383,6 +408,12 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
     return ClassifierFreeGuidance(denoiser, guidance.guidance_scale, unconditional, given)
 
 
+def _drafter(options: DiffusionOptions, generation_config, mask_token_id: int, generator) -> Drafter:
+    temperature = generation_config.temperature if generation_config.do_sample else None
+    confidence = options.confidence if options.entropy_bound is None else "entropy"
+    return Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
+
+
 def _guider(guider, options: DiffusionOptions):
     """The guider as a processor; a bare model gets the default acceptance rule."""
     if guider is None:
@@ -392,6 +423,11 @@ def _guider(guider, options: DiffusionOptions):
         raise ValueError(
             f"`{scheduled}` fixes how many tokens a step writes and a `guider` decides it, got "
             f"{scheduled}={getattr(options, scheduled)}: drop one of them."
+        )
+    if options.editing_threshold is not None:
+        raise ValueError(
+            "`editing_threshold` rewrites tokens that a `guider` has accepted, got "
+            f"editing_threshold={options.editing_threshold}: drop one of them."
         )
     if options.blocks == "adaptive":
         raise ValueError(

@@ -84,9 +84,9 @@ class BlockSchedule:
 @dataclass(frozen=True)
 class LinearSchedule:
     r"""
-    The schedule of dllm's samplers (`LinearAlphaScheduler`, https://github.com/ZHZisZZ/dllm): of S steps, step i writes
-    m (1 - (S - i - 1) / (S - i)) of the m positions of the block that are masked then, rounded half to even. A step
-    that would write nothing is not run.
+    The schedule of dllm's samplers (`LinearAlphaScheduler`, https://github.com/ZHZisZZ/dllm): with timesteps
+    t = (S - i) / S of S steps, step i writes round(m (1 - t[i+1] / t[i])) of the m positions of the block that are
+    masked then. A step that would write nothing is not run.
 
     Args:
         steps (`int`): Denoising steps of each block.
@@ -98,8 +98,9 @@ class LinearSchedule:
         """See [`Schedule`]."""
         masked = row.masked.count(True, 0, row.block_stop)
         for step in range(row.step, self.steps):
-            left = torch.tensor([self.steps - step - 1, self.steps - step], dtype=torch.float32)
-            quota = int((masked * (1 - left[0] / left[1])).round())  # float32 is part of the schedule
+            # float32, the way over 1 - t and rounding to even are part of the schedule.
+            now, then = 1 - (1 - torch.tensor([self.steps - step, self.steps - step - 1]) / self.steps)
+            quota = int((masked * (1 - then / now)).round())
             if quota > 0:
                 return quota, step + 1
         return max(masked, 1), self.steps

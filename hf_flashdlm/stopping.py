@@ -22,7 +22,7 @@ class RowEnds:
         eos_token_ids (`Iterable[int]`, *optional*): End tokens; without them rows fill their canvas.
         stopping_criteria (`list`): Criteria of Transformers or of the caller, called with `(ids, None)`.
         skip (`int`): Columns of the canvas that the caller's prompt does not have.
-        limit (`int`, *optional*): What is written after this position only fills a block, and is cut off.
+        limit (`int`, *optional*): A row that is clean up to this position is finished; by default the canvas length.
     """
 
     def __init__(  # noqa: PLR0913, what a call asks for
@@ -47,7 +47,7 @@ class RowEnds:
                 if row.tokens[position] in self.eos_token_ids and position >= self.prompt_length:
                     self.ends[row.index] = min(self.ends[row.index], position + 1)
             self.clean[row.index] = min(row.frontier, self.ends[row.index], self.limit)
-            self.finished[row.index] = row.frontier == len(row.masked) or self.clean[row.index] == self.ends[row.index]
+            self.finished[row.index] = self.clean[row.index] in (self.ends[row.index], self.limit)
         if self.stopping_criteria:
             self.ask(state, before)
         indices = [row.index for row in state.rows]
