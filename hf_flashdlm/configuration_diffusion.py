@@ -9,6 +9,8 @@ from pathlib import PurePath
 from transformers import PreTrainedConfig
 from transformers.utils.versions import require_version
 
+from .methods import METHODS
+
 
 require_version("transformers>=5.18", "hf_flashdlm needs it: `pip install -U transformers`.")
 
@@ -99,6 +101,10 @@ class DiffusionConfig(PreTrainedConfig):
             name = self.attribute_map.get("attention_block_length", "attention_block_length")
             check_block_length(name, self.attention_block_length)
         check_block_origin("attention_block_origin", self.attention_block_origin)
+        if self.recommended_method not in (None, *METHODS):
+            raise ValueError(
+                f"`recommended_method` must be one of {', '.join(METHODS)}, got {self.recommended_method!r}."
+            )
 
     def require(self, values: dict) -> None:
         """Refuse fields that ask for what no released checkpoint has and the model class does not compute."""

@@ -261,10 +261,11 @@ def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None
     _check_exact(options, length, name)
     if config.attention_block_origin != "row":
         return
-    if options.steps is not None:
+    if options.steps is not None or options.schedule == "timesteps":
+        given = "steps" if options.steps is not None else "schedule"
         raise ValueError(
-            f"`steps` are spread over blocks that begin at the end of the prompt, got {options.steps} for {name}, "
-            "counted from the start of a row: pass `steps_per_block`."
+            f"`{given}` spreads steps over blocks that begin at the end of the prompt, got "
+            f"{getattr(options, given)!r} for {name}, counted from the start of a row: pass `steps_per_block`."
         )
     first = layout.prompt_mask.argmax(1)
     if layout.negative_mask is not None and not torch.equal(layout.negative_mask.argmax(1), first):

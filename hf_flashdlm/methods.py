@@ -22,15 +22,8 @@ METHODS = {
     "bd3lm": {"window_policy": "freecache", "schedule": "linear"},
     "llada2": {"window_policy": "freecache", "confidence_threshold": 0.95},
     "llada2.1": {"window_policy": "freecache", "confidence_threshold": 0.7, "editing_threshold": 0.5},
-    "llada2.1-speed": {"window_policy": "freecache", "confidence_threshold": 0.5, "editing_threshold": 0.0},
     "fast-dllm-v2": {
         "window_policy": "freecache",
-        "confidence_threshold": 0.9,
-        "block_length": 8,
-        "first_token_alone": True,
-    },
-    "fast-dllm-v2-dual": {
-        "window_policy": "dual",
         "confidence_threshold": 0.9,
         "block_length": 8,
         "first_token_alone": True,

@@ -63,7 +63,7 @@ def choose_parts(
         synchronous=synchronous and lookahead is None,  # drafts across block borders leave nobody to wait for
         lone_multiple=attention_block_length if options.first_token_alone else None,
     )
-    schedule = _schedule(options, num_new, block_length, num_blocks)
+    schedule = _schedule(options, num_new, block_length, num_blocks, attention_block_length is not None)
     return Method(window_policy, blocks, schedule, _rule(options), _editing(options))
 
 
@@ -106,15 +106,19 @@ def _blocks(options: DiffusionOptions, block_length: int, num_new: int) -> Block
     )
 
 
-def _schedule(options: DiffusionOptions, num_new: int, block_length: int, num_blocks: int) -> Schedule:
+def _schedule(
+    options: DiffusionOptions, num_new: int, block_length: int, num_blocks: int, has_attention_blocks: bool
+) -> Schedule:
     if not options.is_scheduled:
         return MinimumSchedule()
     if not isinstance(options.schedule, str | None):
         return options.schedule
+    per_block = options.steps_per_block or (block_length if options.steps is None else None)
     if options.schedule == "linear":
-        return LinearSchedule(options.steps_per_block or -(-(options.steps or num_new) // num_blocks))
-    if options.steps_per_block is not None:
-        return BlockSchedule(block_length, options.steps_per_block)
+        return LinearSchedule(per_block or -(-options.steps // num_blocks))
+    # Blocks that a row begins within are not tiles of the region, over which steps could be spread.
+    if options.steps_per_block is not None or (has_attention_blocks and options.schedule != "timesteps" and per_block):
+        return BlockSchedule(block_length, per_block)
     steps = split_steps(num_new if options.steps is None else options.steps, num_blocks)
     if options.schedule == "timesteps":
         return TimestepSchedule(steps, options.eps, options.run_empty_steps)
