@@ -43,6 +43,8 @@ HEAVY = {
     "test_demo",
     "test_readme",
     "test_serve",
+    "test_synchronizing",
+    "test_terminal_text",
 }
 
 

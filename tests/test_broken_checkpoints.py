@@ -94,9 +94,8 @@ DAMAGE = {
     "no heads": (settings(CONFIG, num_attention_heads=0), "ZeroDivisionError"),
     "negative size": (settings(CONFIG, hidden_size=-4), "negative"),
     "size that is text": (settings(CONFIG, hidden_size="x"), "hidden_size"),
-    "wider than the weights": (settings(CONFIG, hidden_size=256), "describes"),
+    "wider than the weights": (settings(CONFIG, hidden_size=256), "has the sizes (512, 128) and (512, 256)"),
     "a vocabulary of 10^12": (settings(CONFIG, vocab_size=10**12), "describes"),
-    "10^9 layers": (settings(CONFIG, num_hidden_layers=10**9), ""),
     "more layers than the weights": (settings(CONFIG, num_hidden_layers=8), "lacks 24 of them, model.layers.6."),
     "fewer layers than the weights": (settings(CONFIG, num_hidden_layers=2), "has 48 weights more, model.layers.2."),
     "a quantization that is a list": (settings(CONFIG, quantization_config=[1]), ""),
@@ -154,6 +153,17 @@ def test_a_broken_checkpoint_is_neither_decoded_nor_exported(name, checkpoint, t
     assert time.process_time() - before < 60
 
 
+@pytest.mark.skipif(not hasattr(__import__("signal"), "setitimer"), reason="nothing bounds time")
+def test_a_configuration_is_read_in_bounded_time(checkpoint, tmp_path, refusal, monkeypatch):
+    monkeypatch.setattr("hf_flashdlm.hub.loading.SECONDS", 1)
+    settings(CONFIG, num_hidden_layers=10**9)(checkpoint)
+    assert "it takes more than 1 seconds" in refusal("generate", "--model", checkpoint, "--prompt", "x")
+    assert "it takes more than 1 seconds" in refusal(
+        "export", "model", "a/b", tmp_path / "out", "--checkpoint", checkpoint
+    )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "change", [{"num_hidden_layers": 1}, {"num_hidden_layers": 9}, {"vocab_size": 10**12}, {"hidden_size": "x"}]
 )
@@ -170,7 +180,8 @@ TEMPLATES = {
     "{% for %}": "Expected an expression",
     "{{ raise_exception('no') }}": "no",
     "{{ a.b.c }}": "'a' is undefined",
-    "{{ ''.__class__ }}": "unsafe",
+    "{{ (1).__class__.__mro__ }}": "unsafe",
+    "{{ ''.__class__ }}": "it writes nothing",
     "{% include '/etc/passwd' %}": "no loader",
     "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}": "it never ends",
     "{% for i in range(10**9) %}{% endfor %}": "Range too big",

@@ -20,7 +20,7 @@ from hf_flashdlm.tiny import FOLDER as TINY
 END, MASK = "<|endoftext|>", "<|mdm_mask|>"
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
+    "<|im_start|>{{ 'assistant\n' }}"
 )
 
 
@@ -137,7 +137,7 @@ def test_the_tokenizer_of_dream_from_its_old_files(tmp_path):
     vocabulary = {piece: index for piece, index in described["vocab"].items() if index > 1}
     (folder / "vocab.json").write_text(json.dumps(vocabulary | {END: 0, MASK: 1}))
     merges = (pair if isinstance(pair, str) else " ".join(pair) for pair in described["merges"])
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(merges) + "\n")
+    (folder / "merges.txt").write_text("".join(f"{line}\n" for line in ["#version: 0.2", *merges]))
     values = json.loads((folder / "tokenizer_config.json").read_text()) | {"tokenizer_class": "DreamTokenizer"}
     (folder / "tokenizer_config.json").write_text(json.dumps(values))
     checkpoint = Checkpoint.load(str(folder), "cpu")
@@ -161,3 +161,12 @@ def test_the_command_line_decodes_a_prompt_that_names_the_mask_token(chat, capsy
     words = ["generate", "--model", str(TINY / "dlm"), "--max-new-tokens", "8", "--block-length", "8", "--stats", chat]
     assert cli.main([*words, "--prompt", f"Ben has {MASK} pens."]) == 0
     assert "NFE" in capsys.readouterr().err
+
+
+def test_a_text_in_which_the_tokenizer_reads_nothing_is_refused():
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0}, "[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]")
+    with pytest.raises(ValueError) as refused:
+        Checkpoint(None, tokenizer).encode(["a", " \n"], False)
+    assert str(refused.value) == "`--prompt` must hold at least one token, got an empty text."

@@ -143,6 +143,8 @@ class Checkpoint:
             raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
         chat = has_template if chat is None else chat
         rows = [self._ids(prompt, chat) for prompt in prompts]
+        if not all(rows):
+            raise ValueError("`--prompt` must hold at least one token, got an empty text.")
         length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])

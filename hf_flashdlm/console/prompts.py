@@ -51,6 +51,8 @@ def fill_in(tokenizer: PreTrainedTokenizerBase, turns: list[dict], most: int) ->
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     if len(text) > most:
         raise ValueError(f"{sentence}: it writes {len(text)} characters, and {most} are the most.")
+    if not text:  # as a template of expressions that the sandbox takes away
+        raise ValueError(f"{sentence}: it writes nothing.")
     return text
 
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
-from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+from transformers.utils.hub import cached_file
 
 
 try:
@@ -42,8 +42,12 @@ class LimitReached(RuntimeError):
 
 
 @contextmanager
-def bounded(seconds: float = SECONDS, memory: int = BYTES) -> Iterator[None]:
-    """Raise [`LimitReached`] after `seconds` of processor time, `MemoryError` beyond this many more bytes."""
+def bounded(seconds: float | None = None, memory: int = BYTES) -> Iterator[None]:
+    """
+    Raise [`LimitReached`] after `seconds` of processor time (by default `SECONDS`), `MemoryError` beyond `memory` more
+    bytes.
+    """
+    seconds = SECONDS if seconds is None else seconds
     with ExitStack() as stack:
         if resource is not None and Path("/proc/self/statm").is_file():
             before = resource.getrlimit(resource.RLIMIT_AS)
@@ -160,8 +164,7 @@ def safetensors_files(name: str) -> list[str]:
     index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
     if index is None:
         raise OSError(f"it has no {SAFE_WEIGHTS_NAME} and no {SAFE_WEIGHTS_INDEX_NAME}.")
-    shard_names(Path(index))
-    return get_checkpoint_shard_files(name, index)[0]
+    return [cached_file(name, shard) for shard in shard_names(Path(index))]
 
 
 def shard_names(index: Path) -> list[str]:
@@ -217,7 +220,7 @@ def check_complete(option: str, name: str, model: PreTrainedModel, found: dict) 
         key, *sizes = min(found["mismatched_keys"])
         sizes = " and ".join(str(tuple(size)) for size in sizes)
         raise ValueError(
-            f"`{option}` must have a config.json that fits its weights, but in {name!r} {key} is {sizes}."
+            f"`{option}` must have a config.json that fits its weights, but in {name!r} {key} has the sizes {sizes}."
         )
     known = {re.sub(r"\d+", "#", key) for key in model.state_dict()}
     extra = sorted(key for key in found["unexpected_keys"] if re.sub(r"\d+", "#", key) in known)
