@@ -278,8 +278,10 @@ REFUSALS = {
     },
     "window_policy": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", "fast"),
     "window_policy-None": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", None),
-    "confidence": choice("confidence", "probability, margin, entropy, random", "Confidence", "low_confidence"),
-    "schedule": choice("schedule", "uniform, timesteps", "Schedule", "cosine"),
+    "confidence": choice(
+        "confidence", "probability, margin, entropy, random, position", "Confidence", "low_confidence"
+    ),
+    "schedule": choice("schedule", "uniform, timesteps, linear", "Schedule", "cosine"),
     # Options of other window policies.
     **{
         f"{name}-of-freecache": belongs(name, "'freecache'", value, "dual")

@@ -119,7 +119,7 @@ def follows_its_definition(case):
 @pytest.mark.parametrize("policy", POLICIES)
 @cases("block_ar/cases_sdar", follows_its_definition)
 def test_sdar(load, decode, policy, case):
-    settings, (prompt,) = case["settings"], case["prompt_ids"]
+    settings = case["settings"]
     stops = settings.get("stopping_criteria_idx")
     threshold = settings["confidence_threshold"] if "dynamic" in settings["remasking_strategy"] else None
     (row,), output = decode(
