@@ -78,7 +78,7 @@ class DataCollatorForMaskedDiffusion:
             "loss_weights": weights * masked,
         }
 
-    def _pad(self, features: list[dict]) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def _pad(self, features: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of one length, and where they may be masked."""
         texts = [torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features]
         multiple = self.pad_to_multiple_of or 1

@@ -27,13 +27,13 @@ SMALLEST, LARGEST = 1e-20, 1e20  # of numbers that scores in float32 are divided
 class Layout:
     """Prompts of one length, padded on the left, on the model's device."""
 
-    input_ids: torch.LongTensor  # (B, P)
-    prompt_mask: torch.LongTensor  # (B, P)
-    negative_ids: torch.LongTensor | None = None  # (B, P)
-    negative_mask: torch.LongTensor | None = None
+    input_ids: torch.Tensor  # (B, P)
+    prompt_mask: torch.Tensor  # (B, P)
+    negative_ids: torch.Tensor | None = None  # (B, P)
+    negative_mask: torch.Tensor | None = None
 
 
-def check_inputs(model, inputs, model_kwargs: dict) -> torch.LongTensor | None:
+def check_inputs(model, inputs, model_kwargs: dict) -> torch.Tensor | None:
     r"""
     Check what the caller passed as inputs of the model, before anything is done with it.
 
@@ -67,7 +67,7 @@ def check_inputs(model, inputs, model_kwargs: dict) -> torch.LongTensor | None:
     return None
 
 
-def check_ids(name: str, ids, model) -> torch.LongTensor:
+def check_ids(name: str, ids, model) -> torch.Tensor:
     """The ids `(batch_size, length)` in int64; refuses other shapes, types, and ids that the model does not have."""
     if not torch.is_tensor(ids) or ids.ndim != 2:
         got = f"shape {tuple(ids.shape)}" if torch.is_tensor(ids) else f"a {type(ids).__name__}"
@@ -91,7 +91,7 @@ def vocabulary_size(model) -> int:
     return getattr(config, "embedding_size", None) or config.vocab_size
 
 
-def check_mask(name: str, mask, of: str, ids: torch.LongTensor) -> torch.LongTensor:
+def check_mask(name: str, mask, of: str, ids: torch.Tensor) -> torch.Tensor:
     """The mask of `of` in int64; refuses other shapes, and values that are neither 0 nor 1."""
     if not torch.is_tensor(mask) or mask.shape != ids.shape:
         got = tuple(mask.shape) if torch.is_tensor(mask) else f"a {type(mask).__name__}"
@@ -114,7 +114,7 @@ def check_cache(cache) -> None:
     raise ValueError(f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a {got}.")
 
 
-def _check_position_ids(position_ids, ids: torch.LongTensor, mask) -> None:
+def _check_position_ids(position_ids, ids: torch.Tensor, mask) -> None:
     """Positions are counted from the first token of each row; others would be ignored."""
     if position_ids is None:
         return
@@ -174,7 +174,7 @@ def mask_token_id_of(model, options: DiffusionOptions) -> int:
     return mask_token_id
 
 
-def lay_out(model, input_ids: torch.LongTensor, prompt_mask, guidance, max_length: int) -> Layout:
+def lay_out(model, input_ids: torch.Tensor, prompt_mask, guidance, max_length: int) -> Layout:
     r"""
     Bring prompts and negative prompts to the same length.
 
@@ -243,7 +243,7 @@ def _check_length(model, name: str, length: int) -> None:
         )
 
 
-def _check_padding(name: str, input_ids: torch.LongTensor, prompt_mask: torch.LongTensor) -> None:
+def _check_padding(name: str, input_ids: torch.Tensor, prompt_mask: torch.Tensor) -> None:
     if input_ids.numel() == 0 or not prompt_mask.any(1).all():
         raise ValueError(f"`{name}` must hold at least one token in every row that is not padding, got an empty row.")
     if not prompt_mask[:, -1].all():

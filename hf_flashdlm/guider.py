@@ -113,7 +113,7 @@ class ARGuider(CanvasProcessor):
     def reset(
         self,
         diffusion_model,
-        canvas_mask: torch.LongTensor,
+        canvas_mask: torch.Tensor,
         mask_token_id: int,
         temperature: float | None = None,
         generator: torch.Generator | None = None,
@@ -146,7 +146,7 @@ class ARGuider(CanvasProcessor):
                 ratio = self.model.num_parameters() / diffusion_model.num_parameters()
             self.gates = Gate(self.num_rows, ratio)
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reader.batch_select_indices(indices)
         self.rows, self.padding = self.rows[indices], self.padding[indices]
 
@@ -200,7 +200,7 @@ class ARGuider(CanvasProcessor):
             decided = torch.where(left[..., None], scores, decided)
         return decided if asked.all() else torch.where(asked.to(scores.device)[:, None, None], decided, scores)
 
-    def _accept(self, logits: torch.Tensor, ids: torch.LongTensor) -> torch.BoolTensor:
+    def _accept(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Whether tokens of shape `(...)` pass the acceptance rule, given the logits `(..., vocab_size)` for them."""
         known = ids < logits.shape[-1]  # a vocabulary may be padded to another size
         score = logits.gather(-1, ids.clamp_max(logits.shape[-1] - 1)[..., None])
@@ -263,7 +263,7 @@ class ProductMixture(CanvasProcessor):
         self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
         self.rows, self.forwards, self.seconds = torch.arange(len(canvas_mask)), [0] * len(canvas_mask), 0.0
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reader.batch_select_indices(indices)
         self.rows = self.rows[indices]
 

@@ -82,7 +82,7 @@ class RowEnds:
             elif row.index in stopped:
                 self.clean[row.index], self.finished[row.index] = stopped[row.index], True
 
-    def shown(self, length: int, device) -> torch.LongTensor:
+    def shown(self, length: int, device) -> torch.Tensor:
         """
         The caller's batch up to the position `length`, as criteria and processors are shown it: of each row its clean
         text, then mask tokens, or pad tokens if it is finished.
