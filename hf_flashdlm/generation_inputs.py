@@ -144,12 +144,12 @@ def check_numbers(generation_config: GenerationConfig) -> None:
         if value is None:
             continue
         value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= largest:
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= largest:
             raise ValueError(f"`{name}` must be an integer between 1 and {largest}, got {value!r}.")
         setattr(generation_config, name, int(value))
     for name in ("steps", "freeze_lag"):
         value = getattr(generation_config, name, None)
-        if isinstance(value, Integral) and value > MOST_STEPS:
+        if isinstance(value, Integral) and int(value) > MOST_STEPS:
             raise ValueError(f"`{name}` must be at most {MOST_STEPS}, got {value}: lower it.")
     scales = ["guidance_scale", "position_temperature", "repetition_penalty"]
     for name in (*scales, *(["temperature"] if generation_config.do_sample else [])):
@@ -197,10 +197,10 @@ def lay_out(model, input_ids: torch.Tensor, prompt_mask, guidance, max_length: i
     longest = max(ids.shape[1], negative.shape[1])
     if longest > ids.shape[1]:
         _check_length(model, "negative_prompt_ids", longest + max_length - ids.shape[1])
-    return Layout(
-        *(pad(one, (longest - one.shape[1], 0)) for one in (ids, mask)),
-        *(pad(one, (longest - one.shape[1], 0)) for one in (negative, negative_mask)),
+    ids, mask, negative, negative_mask = (
+        pad(one, (longest - one.shape[1], 0)) for one in (ids, mask, negative, negative_mask)
     )
+    return Layout(ids, mask, negative, negative_mask)
 
 
 def _negative_prompts(model, context: dict, num_rows: int):
@@ -219,7 +219,7 @@ def _negative_prompts(model, context: dict, num_rows: int):
 def check_prompt(model, layout: Layout, mask_token_id: int, max_length: int) -> None:
     """Refuse prompts that cannot be continued."""
     _check_padding("input_ids", layout.input_ids, layout.prompt_mask)
-    if layout.negative_ids is not None:
+    if layout.negative_ids is not None and layout.negative_mask is not None:
         _check_padding("negative_prompt_ids", layout.negative_ids, layout.negative_mask)
     if ((layout.input_ids == mask_token_id) & (layout.prompt_mask == 0)).any():
         raise ValueError(

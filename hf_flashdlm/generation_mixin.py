@@ -133,7 +133,7 @@ class FlashDLMGenerationMixin(_Model):
         if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
             generation_config.block_length = None  # type: ignore[attr-defined]  # a recommendation of the model yields to a single block
         if not hasattr(generation_config, "_recommends_block_length"):
-            generation_config._recommends_block_length = "block_length" not in given  # type: ignore[attr-defined]
+            generation_config._recommends_block_length = "block_length" not in given  # type: ignore[attr-defined]  # beside its own
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:

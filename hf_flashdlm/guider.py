@@ -100,15 +100,12 @@ class ARGuider(CanvasProcessor):
         self.top_k = 1 if accept == "top1" else checked["top_k"]
         self.log_threshold = math.log(relative) if accept == "topk_relative" and relative > 0 else -math.inf
         self.num_drafts, self.beyond_prefix = checked["num_drafts"], checked["beyond_prefix"]
+        self.lookahead = None if self.beyond_prefix else self.num_drafts
         self.combine, self.confidence_threshold = checked["combine"], checked["confidence_threshold"]
         self.gate, self.cost_ratio = checked["gate"], checked["cost_ratio"]
         self.reads_text = _read_as_text(tokenizer, canvas_tokenizer)
         self.tokenizer, self.canvas_tokenizer = tokenizer, canvas_tokenizer
         self.model = _language_model(model)
-
-    @property
-    def lookahead(self) -> int | None:
-        return None if self.beyond_prefix else self.num_drafts
 
     def reset(
         self,
@@ -131,13 +128,15 @@ class ARGuider(CanvasProcessor):
         if self.reads_text:
             ends = [end_ids(diffusion_model, self.canvas_tokenizer), end_ids(self.model, self.tokenizer)]
             alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends[0], self.tokenizer.eos_token_id)
-            self.reader = TextReader(self.model, alignment, canvas_mask, mask_token_id, ends[1], compile_config)
+            self.reader: ARReader | TextReader = TextReader(
+                self.model, alignment, canvas_mask, mask_token_id, ends[1], compile_config
+            )
         else:
             self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
         self.num_rows, self.rows = len(canvas_mask), torch.arange(len(canvas_mask))
         self.padding = (canvas_mask == 0).sum(1).cpu()  # of each row, before its text
         # Of each step: the rows, which of them were asked, and the drafts judged and accepted, on the scores' device.
-        self.counts = []
+        self.counts: list[tuple[torch.Tensor, ...]] = []
         self.seconds = 0.0
         self.gates = None
         if self.gate is not None:

@@ -134,7 +134,8 @@ class ARReader:
         self.committed = 0  # length of the clean prefix that all rows shared at the last call
         self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
         # Of each call, on the device: whether it found the prefix as it was, and finite logits.
-        self.unchanged, self.finite = [], []
+        self.unchanged: list[torch.Tensor] = []
+        self.finite: list[torch.Tensor] = []
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""

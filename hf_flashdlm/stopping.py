@@ -67,7 +67,7 @@ class RowEnds:
             or range(max(self.clean[row.index], first), max(self.clean[row.index], first) + 1)
             for row in state.rows
         }
-        stopped = {}  # of each row: the length at which it is told to
+        stopped: dict[int, int] = {}  # of each row: the length at which it is told to
         shown = self.shown(max(reached.stop for reached in lengths.values()), state.canvas.device)
         for length in sorted(set().union(*lengths.values())):
             reached = {index for index in lengths if length in lengths[index]} - stopped.keys()

@@ -142,7 +142,7 @@ REFUSALS = {
     ),
     "embeddings": (NO_EMBEDDINGS, dict(inputs_embeds=EMBEDDINGS), PROMPT),
     "embeddings-alone": (NO_EMBEDDINGS, dict(inputs_embeds=EMBEDDINGS), None),
-    "cache-number": (f"{NOT_FRESH} int: drop it.", {"past_key_values": 3}, PROMPT),
+    "cache-number": (f"{NOT_FRESH} int: drop it.", {CACHE_NAME: 3}, PROMPT),
     "cache-tuple": (f"{NOT_FRESH} tuple: drop it.", {"cache": ()}, PROMPT),
     "cache-class": (f"{NOT_FRESH} type: drop it.", {"cache": DynamicCache}, PROMPT),
     "length-float": number("max_new_tokens", 2**22, 6.0),
