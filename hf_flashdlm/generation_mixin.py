@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -60,7 +61,19 @@ _REFUSED = {
 }
 
 
-class FlashDLMGenerationMixin(GenerationMixin):
+if TYPE_CHECKING:
+
+    class _Model(PreTrainedModel, GenerationMixin):
+        """What the mixin is mixed into, with the attributes that the methods of Transformers declare for it."""
+
+        device: torch.device
+        dtype: torch.dtype
+        hf_device_map: dict[str, Any]
+else:
+    _Model = GenerationMixin
+
+
+class FlashDLMGenerationMixin(_Model):
     r"""
     Gives a masked diffusion language model the `generate` of Transformers, decoding by iterative unmasking.
 
@@ -118,9 +131,9 @@ class FlashDLMGenerationMixin(GenerationMixin):
         for name, value in ours.items():
             setattr(generation_config, name, value)
         if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
-            generation_config.block_length = None  # a recommendation of the model yields to a single block
+            generation_config.block_length = None  # type: ignore[attr-defined]  # a recommendation of the model yields to a single block
         if not hasattr(generation_config, "_recommends_block_length"):
-            generation_config._recommends_block_length = "block_length" not in given
+            generation_config._recommends_block_length = "block_length" not in given  # type: ignore[attr-defined]  # beside its own
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
@@ -139,7 +152,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         inputs = check_inputs(self, inputs, model_kwargs)
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hook 4 of 5: the cache is a FreeCache, or none."""
         if DiffusionOptions.read(generation_config).window_policy == "none":
             model_kwargs[CACHE_NAME] = None
@@ -155,9 +168,9 @@ class FlashDLMGenerationMixin(GenerationMixin):
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
-    def _sample(  # noqa: PLR0913, the signature of Transformers
+    def _sample(  # type: ignore[override]  # noqa: PLR0913, the signature of Transformers and two objects more
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: list,
         generation_config: GenerationConfig,
@@ -166,7 +179,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         guider=None,
         generator: torch.Generator | None = None,
         **model_kwargs,
-    ) -> DiffusionGenerationOutput | torch.LongTensor:
+    ) -> DiffusionGenerationOutput | torch.Tensor:
         """Hook 5 of 5: one call becomes one run of the loop."""
         started = time.perf_counter()
         _check_generator(generator, generation_config.do_sample)
@@ -237,11 +250,11 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     model.config.is_causal = False
     for module in model.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = False
+            module.is_causal = False  # type: ignore[assignment]  # torch declares tensors and submodules alone
     return model
 
 
-def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> DiffusionGenerationOutput | torch.LongTensor:
+def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> DiffusionGenerationOutput | torch.Tensor:
     r"""
     `generate` of [`FlashDLMGenerationMixin`] for a model of another class, which is not changed.
 
@@ -261,7 +274,7 @@ def as_diffusion_model(model: PreTrainedModel) -> FlashDLMGenerationMixin:
     """The model, or a view of it: the same weights and configs under a class with the hooks above."""
     if isinstance(model, FlashDLMGenerationMixin):
         return model
-    kind = type(f"FlashDLM{type(model).__name__}", (FlashDLMGenerationMixin, type(model)), {})
+    kind: Any = type(f"FlashDLM{type(model).__name__}", (FlashDLMGenerationMixin, type(model)), {})
     view = kind.__new__(kind)
     view.__dict__ = model.__dict__
     return view
@@ -366,7 +379,7 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
         return Denoiser(model, canvas_mask, cache, shift, compile_config)
     given = canvas != mask_token_id
     unconditional, unconditional_mask = torch.full_like(canvas, mask_token_id), canvas_mask
-    if layout.negative_ids is not None:
+    if layout.negative_ids is not None and layout.negative_mask is not None:
         after = (0, canvas.shape[1] - layout.negative_ids.shape[1])
         unconditional = pad(layout.negative_ids, after, value=mask_token_id)
         unconditional_mask = pad(layout.negative_mask, after, value=1)
