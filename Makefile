@@ -65,9 +65,10 @@ style: $(READY)
 check: $(READY)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-* .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 # Installed again only when the pins or the package's metadata change.
 $(READY): tests/requirements.txt pyproject.toml

@@ -3,6 +3,8 @@
 Importing the package registers its model classes with the Auto classes.
 """
 
+from typing import Any
+
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from .block_causal import make_block_causal
@@ -94,7 +96,7 @@ __all__ = [
     "make_block_causal",
 ]
 
-_MODELS = {
+_MODELS: dict[Any, type] = {
     LLaDAConfig: LLaDAModelLM,
     DreamConfig: DreamModel,
     SDARConfig: SDARForCausalLM,
@@ -106,7 +108,7 @@ _MODELS = {
     LLaDA2MoeConfig: LLaDA2MoeModelLM,
 }
 # Their `model_type` is another's: LLaDA's configuration makes that of LLaDA-MoE, and Open-dCoder has to be named.
-_SHARED = {LLaDAMoEConfig: LLaDAMoEModelLM, OpenDCoderConfig: OpenDCoderModel}
+_SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM, OpenDCoderConfig: OpenDCoderModel}
 for _config in (*_MODELS, *REFUSED):
     AutoConfig.register(_config.model_type, _config)
 for _config, _model in (_MODELS | _SHARED).items():

@@ -7,6 +7,8 @@ or where a step may write.
 Shapes: B batch, T positions fed to a forward, K keys attended to.
 """
 
+from typing import Any
+
 import torch
 from torch.compiler import is_compiling
 from torch.nn.functional import pad
@@ -50,7 +52,7 @@ def make_block_causal(model: PreTrainedModel, block_length: int, origin: str = "
     config.attention_block_length, config.attention_block_origin = block_length, origin
     for module in model.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = False
+            module.is_causal = False  # type: ignore[assignment]  # torch declares tensors and submodules alone
     decoder = model.base_model
     if _mask_blocks not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_mask_blocks, with_kwargs=True)
@@ -109,7 +111,7 @@ class AttentionBlocks:
         )
 
 
-def block_causal_mask(query_blocks: torch.LongTensor, key_blocks: torch.LongTensor) -> torch.BoolTensor:
+def block_causal_mask(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.Tensor:
     """
     Which keys each query sees.
 
@@ -123,7 +125,7 @@ def block_causal_mask(query_blocks: torch.LongTensor, key_blocks: torch.LongTens
     return (query_blocks[:, :, None] >= key_blocks[:, None, :])[:, None]
 
 
-def for_backend(visible: torch.BoolTensor, model: PreTrainedModel) -> torch.Tensor:
+def for_backend(visible: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
     """
     A mask of four dimensions in the form that the attention of `model` takes.
 
@@ -166,7 +168,7 @@ def _mask_blocks(decoder: PreTrainedModel, args: tuple, kwargs: dict):
     length = getattr(config, "attention_block_length", None)
     if as_it_is or length is None:
         return None
-    inputs = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
+    inputs: Any = given.get("inputs_embeds") if given.get("input_ids") is None else given["input_ids"]
     columns = config.attention_block_origin == "prompt"
     key_blocks, queries = _blocks(inputs, given, length, columns)
     visible = block_causal_mask(queries, key_blocks)
@@ -176,7 +178,7 @@ def _mask_blocks(decoder: PreTrainedModel, args: tuple, kwargs: dict):
     return (), given | {"attention_mask": for_backend(visible, decoder)}
 
 
-def _blocks(inputs, given: dict, length: int, columns: bool) -> tuple[torch.LongTensor, torch.LongTensor]:
+def _blocks(inputs, given: dict, length: int, columns: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """The blocks of the keys and of the positions fed, each `(batch_size or 1, number)`."""
     cache = given.get(CACHE_NAME, given.get("past_key_values"))  # code outside of Transformers keeps the older name
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")

@@ -160,5 +160,6 @@ class Blocks:
 
     def _stop(self, row) -> int:
         if self.lone_multiple is not None and (row.frontier - row.block_origin) % self.lone_multiple == 0:
-            return row.frontier + 1
+            if row.masked[row.frontier]:
+                return row.frontier + 1
         return row.block_stop if self.lookahead is None else row.frontier + self.lookahead

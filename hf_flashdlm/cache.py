@@ -30,6 +30,8 @@ class FreeCacheLayer(DynamicLayer):
     """One layer of [`FreeCache`]: buffers of shape `(batch_size, num_heads, canvas_length, head_dim)`."""
 
     is_croppable = False
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, target: _Target):
         super().__init__()
@@ -127,12 +129,13 @@ class FreeCache(DynamicCache):
     """
 
     keeps_positions = True
+    layers: list[FreeCacheLayer]  # type: ignore[assignment]  # Transformers allows every kind of layer
 
     def __init__(self, canvas_length: int | None = None):
         self.target = _Target(canvas_length=canvas_length)
         # One number per row, or a single number for all rows. Python integers, because every step reads them.
         self.frozen, self.lowest = [0], [0]  # frozen lengths; first positions that the next forward writes
-        Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))
+        Cache.__init__(self, layer_class_to_replicate=partial(FreeCacheLayer, self.target))  # type: ignore[arg-type]  # it is only called
 
     @property
     def frozen_length(self) -> torch.Tensor:

@@ -66,7 +66,7 @@ class CanvasProcessor(LogitsProcessor):
     def reset(
         self,
         diffusion_model,
-        canvas_mask: torch.LongTensor,
+        canvas_mask: torch.Tensor,
         mask_token_id: int,
         temperature: float | None = None,
         generator: torch.Generator | None = None,
@@ -86,11 +86,11 @@ class CanvasProcessor(LogitsProcessor):
 
     def __call__(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         scores: torch.Tensor,
-        positions: torch.LongTensor,
-        frontier: torch.LongTensor,
-        candidate: torch.BoolTensor,
+        positions: torch.Tensor,
+        frontier: torch.Tensor,
+        candidate: torch.Tensor,
     ) -> torch.Tensor:
         r"""
         Args:
@@ -107,7 +107,7 @@ class CanvasProcessor(LogitsProcessor):
         """
         raise NotImplementedError(f"`{type(self).__name__}` must define `__call__`.")
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch; the others are finished."""
 
     def statistics(self, total_seconds: float) -> dict:
@@ -153,7 +153,7 @@ class CanvasProcessors:
 
     def __call__(
         self,
-        canvas: torch.LongTensor,
+        canvas: torch.Tensor,
         scores: torch.Tensor,
         positions: list[range],
         frontier: list[int],
@@ -230,7 +230,7 @@ class CanvasProcessors:
         scores[..., self.mask_token_id].masked_fill_(refused.to(scores.device), 0.0)
         return scores
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         self.canvas_mask = self.canvas_mask[indices.to(self.canvas_mask.device)]
         self.rows = [self.rows[index] for index in indices.tolist()]

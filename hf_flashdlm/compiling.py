@@ -23,7 +23,7 @@ CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ 
 
 # Compile configs that failed, so that no later call tries them again. Keyed by the input embedding, because the views
 # by which models of other classes are decoded share it with the original model.
-_failed = WeakKeyDictionary()
+_failed: WeakKeyDictionary[torch.nn.Module, list] = WeakKeyDictionary()
 
 
 def device_of(model) -> torch.device:

@@ -5,6 +5,7 @@ architectures, generation settings or tokenizers.
 """
 
 from pathlib import PurePath
+from typing import ClassVar, cast
 
 from transformers import PreTrainedConfig
 from transformers.utils.versions import require_version
@@ -58,8 +59,8 @@ class DiffusionConfig(PreTrainedConfig):
         ValueError: If the fields contradict each other or ask for another kind of attention.
     """
 
-    released_mask_token_id = None  # where config.json names none
-    attention_block_length = None
+    released_mask_token_id: ClassVar[int | None] = None  # where config.json names none
+    attention_block_length = cast("int | None", None)  # a subclass says where its files keep it
 
     rope_theta: float | int = 10000.0
     mask_token_id: int | None = None

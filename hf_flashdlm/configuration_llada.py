@@ -170,8 +170,9 @@ class LLaDAConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
         """As of Transformers; a file of LLaDA-MoE, which has the same `model_type`, makes an [`LLaDAMoEConfig`]."""
-        kind = LLaDAMoEConfig if config_dict.get("num_experts") is not None else super()
-        return kind.from_dict(config_dict, **kwargs)
+        if config_dict.get("num_experts") is not None:
+            return LLaDAMoEConfig.from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)
 
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)

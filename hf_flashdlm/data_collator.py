@@ -73,12 +73,12 @@ class DataCollatorForMaskedDiffusion:
         masked = may_mask & (torch.rand(input_ids.shape) < ratio)
         weights = masked.sum() / (num_texts * ratio * may_mask.sum(1, keepdim=True).clamp_min(1))
         return {
-            "input_ids": input_ids.masked_fill(masked, self.mask_token_id),
+            "input_ids": input_ids.masked_fill(masked, self.mask_token_id),  # type: ignore[arg-type]  # `__post_init__` sets it
             "labels": input_ids.masked_fill(~masked, IGNORED),
             "loss_weights": weights * masked,
         }
 
-    def _pad(self, features: list[dict]) -> tuple[torch.LongTensor, torch.BoolTensor]:
+    def _pad(self, features: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
         """Ids of one length, and where they may be masked."""
         texts = [torch.as_tensor(feature["input_ids"], dtype=torch.long) for feature in features]
         multiple = self.pad_to_multiple_of or 1

@@ -23,7 +23,11 @@ WIDTH_STEP = 16  # compiled forwards round their width up to a multiple of this,
 
 
 # What is known of the attention functions of Transformers: how each is told which keys a query sees.
-_BACKENDS = {sdpa_attention_forward: "sdpa", flex_attention_forward: "flex", flash_attention_forward: "flash"}
+_BACKENDS: dict[object, str] = {
+    sdpa_attention_forward: "sdpa",
+    flex_attention_forward: "flex",
+    flash_attention_forward: "flash",
+}
 
 
 def attention_backend(model) -> str:
@@ -72,7 +76,7 @@ class Denoiser:
     def __init__(  # noqa: PLR0913, what a forward depends on
         self,
         model,
-        canvas_mask: torch.LongTensor,
+        canvas_mask: torch.Tensor,
         cache: FreeCache | None,
         logits_shift: int,
         compile_config=None,
@@ -91,7 +95,7 @@ class Denoiser:
 
     def __call__(
         self,
-        canvas: torch.LongTensor,
+        canvas: torch.Tensor,
         windows: list[Window],
         positions: list[range],
         frontier: list[int],
@@ -174,7 +178,7 @@ class Denoiser:
         self.cache.scatter(feed, attended)
         return feed.to(self.canvas_mask.device), slots, computed
 
-    def _slots(self, positions: list[range], lows: list[int], width: int) -> int | torch.LongTensor:
+    def _slots(self, positions: list[range], lows: list[int], width: int) -> int | torch.Tensor:
         """For each row, the indices within its window of the outputs that score `positions`."""
         starts = [one.start for one in positions]
         slots = {start - self.shift - lo for start, lo in zip(starts, lows, strict=True)}
@@ -185,12 +189,13 @@ class Denoiser:
             return min(slots)
         return (self._source(positions) - torch.tensor(lows)[:, None]).clamp(0, width - 1)
 
-    def _source(self, positions: list[range]) -> torch.LongTensor:
+    def _source(self, positions: list[range]) -> torch.Tensor:
         """The positions `(B, N)` whose output scores `positions`; a row's first token has none, and gets its own."""
         return torch.maximum(torch.tensor(positions) - self.shift, torch.tensor(self.first)[:, None])
 
     def _plan_scattered(self, windows: list[Window], positions: list[range], attended: int):
         """The same as `_plan` for windows that recompute only what scores certain positions."""
+        assert self.cache is not None
         length = self.canvas_mask.shape[1]
         scored = [bytearray(b"\1" * length) if window.scored is None else window.scored for window in windows]
         scored = torch.frombuffer(bytearray().join(scored), dtype=torch.bool).view(len(windows), length)
@@ -261,7 +266,7 @@ class Denoiser:
             )
         )
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
@@ -285,7 +290,7 @@ class ClassifierFreeGuidance:
         given (`torch.BoolTensor` of shape `(batch_size, canvas_length)`): Where the canvas is given.
     """
 
-    def __init__(self, denoiser: Denoiser, scale: float, unconditional: torch.LongTensor, given: torch.BoolTensor):
+    def __init__(self, denoiser: Denoiser, scale: float, unconditional: torch.Tensor, given: torch.Tensor):
         self.denoiser, self.scale = denoiser, scale
         self.unconditional, self.given = unconditional, given
 
@@ -297,7 +302,7 @@ class ClassifierFreeGuidance:
         logits = unconditional + self.scale * (conditional - unconditional)
         return logits, [sum(halves) for halves in zip(computed[: len(windows)], computed[len(windows) :], strict=True)]
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         self.denoiser.batch_select_indices(torch.cat([indices, indices + len(self.given)]))
         rows = indices.to(self.given.device)

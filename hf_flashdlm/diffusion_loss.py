@@ -50,7 +50,7 @@ def declare_shift(model_class: type) -> None:
 
 def weighted_loss(
     logits: torch.Tensor,
-    labels: torch.LongTensor,
+    labels: torch.Tensor,
     loss_weights: torch.Tensor,
     logits_shift: int = 0,
     num_items_in_batch: torch.Tensor | int | None = None,
@@ -77,7 +77,7 @@ def weighted_loss(
     return (losses * loss_weights.flatten()).sum() / count
 
 
-def check_labels(model, input_ids: torch.LongTensor | None, labels: torch.LongTensor) -> None:
+def check_labels(model, input_ids: torch.Tensor | None, labels: torch.Tensor) -> None:
     """Warn, at the first labels that a model is given, if none of them is that of a mask token."""
     mask_token_id = getattr(model.config, "mask_token_id", None)
     if is_compiling() or getattr(model, "has_seen_labels", False) or input_ids is None or mask_token_id is None:

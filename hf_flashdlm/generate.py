@@ -5,6 +5,7 @@ Knows nothing of how a call becomes a decode.
 """
 
 import inspect
+from typing import cast
 
 import torch
 from transformers.generation import LogitsProcessorList
@@ -79,7 +80,7 @@ def decode(model, input_ids, *, generation_config, logits_processor=None, stoppi
     options = {name: kwargs[name] for name in DiffusionOptions.names() if kwargs.get(name) is not None}
     model_kwargs = {"attention_mask": kwargs.get("attention_mask")}
     generation_config, _ = FlashDLMGenerationMixin._prepare_generation_config(view, generation_config, **options)
-    input_ids = check_inputs(view, input_ids, model_kwargs)
+    input_ids = cast("torch.Tensor", check_inputs(view, input_ids, model_kwargs))
     # The cache that Transformers has made for another class is an autoregressive one.
     FlashDLMGenerationMixin._prepare_cache_for_generation(view, generation_config, model_kwargs)
     return FlashDLMGenerationMixin._sample(
@@ -96,7 +97,7 @@ def decode(model, input_ids, *, generation_config, logits_processor=None, stoppi
 # Transformers passes a callable what its signature names, and refuses the rest as unknown.
 _NAMES = (*CALL_ARGUMENTS, "tokenizer", *DiffusionOptions.names())
 _signature = inspect.signature(decode)
-decode.__signature__ = _signature.replace(
+decode.__signature__ = _signature.replace(  # type: ignore[attr-defined]  # which `inspect` looks for first
     parameters=[
         *list(_signature.parameters.values())[:-1],
         *(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in _NAMES),

@@ -69,7 +69,7 @@ METHOD_OPTIONS = (
 
 # Parts that may be objects: the names of the built-in parts, then the protocol that an object must follow, with its
 # attributes, and its methods with their arguments.
-PARTS = {
+PARTS: dict[str, tuple[tuple[str, ...], str, tuple[str, ...], dict[str, tuple[str, ...]]]] = {
     "window_policy": (
         WINDOW_POLICIES,
         "WindowPolicy",

@@ -38,13 +38,13 @@ class Canvas:
 class Layout:
     """Prompts of one length, padded on the left, on the model's device."""
 
-    input_ids: torch.LongTensor  # (B, P)
-    prompt_mask: torch.LongTensor  # (B, P)
-    negative_ids: torch.LongTensor | None = None  # (B, P)
-    negative_mask: torch.LongTensor | None = None
+    input_ids: torch.Tensor  # (B, P)
+    prompt_mask: torch.Tensor  # (B, P)
+    negative_ids: torch.Tensor | None = None  # (B, P)
+    negative_mask: torch.Tensor | None = None
 
 
-def check_inputs(model, inputs, model_kwargs: dict) -> torch.LongTensor | None:
+def check_inputs(model, inputs, model_kwargs: dict) -> torch.Tensor | None:
     r"""
     Check what the caller passed as inputs of the model, before anything is done with it.
 
@@ -78,7 +78,7 @@ def check_inputs(model, inputs, model_kwargs: dict) -> torch.LongTensor | None:
     return None
 
 
-def check_ids(name: str, ids, model) -> torch.LongTensor:
+def check_ids(name: str, ids, model) -> torch.Tensor:
     """The ids `(batch_size, length)` in int64; refuses other shapes, types, and ids that the model does not have."""
     if not torch.is_tensor(ids) or ids.ndim != 2:
         got = f"shape {tuple(ids.shape)}" if torch.is_tensor(ids) else f"a {type(ids).__name__}"
@@ -102,7 +102,7 @@ def vocabulary_size(model) -> int:
     return getattr(config, "embedding_size", None) or config.vocab_size
 
 
-def check_mask(name: str, mask, of: str, ids: torch.LongTensor) -> torch.LongTensor:
+def check_mask(name: str, mask, of: str, ids: torch.Tensor) -> torch.Tensor:
     """The mask of `of` in int64; refuses other shapes, and values that are neither 0 nor 1."""
     if not torch.is_tensor(mask) or mask.shape != ids.shape:
         got = tuple(mask.shape) if torch.is_tensor(mask) else f"a {type(mask).__name__}"
@@ -125,7 +125,7 @@ def check_cache(cache) -> None:
     raise ValueError(f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a {got}.")
 
 
-def _check_position_ids(position_ids, ids: torch.LongTensor, mask) -> None:
+def _check_position_ids(position_ids, ids: torch.Tensor, mask) -> None:
     """Positions are counted from the first token of each row; others would be ignored."""
     if position_ids is None:
         return
@@ -155,12 +155,12 @@ def check_numbers(generation_config: GenerationConfig) -> None:
         if value is None:
             continue
         value = value.item() if hasattr(value, "item") else value
-        if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= value <= largest:
+        if not isinstance(value, Integral) or isinstance(value, bool) or not 1 <= int(value) <= largest:
             raise ValueError(f"`{name}` must be an integer between 1 and {largest}, got {value!r}.")
         setattr(generation_config, name, int(value))
     for name in ("steps", "freeze_lag"):
         value = getattr(generation_config, name, None)
-        if isinstance(value, Integral) and value > MOST_STEPS:
+        if isinstance(value, Integral) and int(value) > MOST_STEPS:
             raise ValueError(f"`{name}` must be at most {MOST_STEPS}, got {value}: lower it.")
     scales = ["guidance_scale", "position_temperature", "repetition_penalty"]
     for name in (*scales, *(["temperature"] if generation_config.do_sample else [])):
@@ -185,7 +185,7 @@ def mask_token_id_of(model, options: DiffusionOptions) -> int:
     return mask_token_id
 
 
-def lay_out(model, input_ids: torch.LongTensor, prompt_mask, guidance, max_length: int) -> Layout:
+def lay_out(model, input_ids: torch.Tensor, prompt_mask, guidance, max_length: int) -> Layout:
     r"""
     Bring prompts and negative prompts to the same length.
 
@@ -208,10 +208,10 @@ def lay_out(model, input_ids: torch.LongTensor, prompt_mask, guidance, max_lengt
     longest = max(ids.shape[1], negative.shape[1])
     if longest > ids.shape[1]:
         _check_length(model, "negative_prompt_ids", longest + max_length - ids.shape[1])
-    return Layout(
-        *(pad(one, (longest - one.shape[1], 0)) for one in (ids, mask)),
-        *(pad(one, (longest - one.shape[1], 0)) for one in (negative, negative_mask)),
+    ids, mask, negative, negative_mask = (
+        pad(one, (longest - one.shape[1], 0)) for one in (ids, mask, negative, negative_mask)
     )
+    return Layout(ids, mask, negative, negative_mask)
 
 
 def make_canvas(model, layout: Layout, num_new: int, mask_token_id: int, pad_token_id: int) -> Canvas:
@@ -292,10 +292,11 @@ def _check_exact(options: DiffusionOptions, length: int, name: str) -> None:
             f"`freeze_length` must be a multiple of the {length} positions of an attention block for {name}, got "
             f"{options.freeze_length}: drop it."
         )
-    if options.right_window is not None and options.right_window < length:
+    longest = max(length, options.block_length or 1)
+    if options.right_window is not None and options.right_window < longest:
         raise ValueError(
-            f"`right_window` must hold the {length} positions of an attention block for {name}, got "
-            f"{options.right_window}: drop it."
+            f"`right_window` must hold the {longest} positions of a block for {name}, got {options.right_window}: "
+            "drop it."
         )
     if options.window_policy == "dual" and length % (options.block_length or length):
         raise ValueError(
@@ -320,7 +321,7 @@ def _negative_prompts(model, context: dict, num_rows: int):
 def check_prompt(model, layout: Layout, mask_token_id: int, max_length: int) -> None:
     """Refuse prompts that cannot be continued."""
     _check_padding("input_ids", layout.input_ids, layout.prompt_mask)
-    if layout.negative_ids is not None:
+    if layout.negative_ids is not None and layout.negative_mask is not None:
         _check_padding("negative_prompt_ids", layout.negative_ids, layout.negative_mask)
     if ((layout.input_ids == mask_token_id) & (layout.prompt_mask == 0)).any():
         raise ValueError(
@@ -344,7 +345,7 @@ def _check_length(model, name: str, length: int) -> None:
         )
 
 
-def _check_padding(name: str, input_ids: torch.LongTensor, prompt_mask: torch.LongTensor) -> None:
+def _check_padding(name: str, input_ids: torch.Tensor, prompt_mask: torch.Tensor) -> None:
     if input_ids.numel() == 0 or not prompt_mask.any(1).all():
         raise ValueError(f"`{name}` must hold at least one token in every row that is not padding, got an empty row.")
     if not prompt_mask[:, -1].all():

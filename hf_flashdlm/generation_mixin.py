@@ -11,6 +11,7 @@ import math
 import time
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import pad
@@ -29,7 +30,7 @@ from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
 from .compiling import CACHE_NAME, cache_name
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
-from .generation_config import DECIDING, PARTS, PEER_NAMES, DiffusionOptions
+from .generation_config import DECIDING, PARTS, PEER_NAMES, SCHEDULED, DiffusionOptions
 from .generation_inputs import (
     Canvas,
     Layout,
@@ -65,7 +66,19 @@ _REFUSED = {
 }
 
 
-class FlashDLMGenerationMixin(GenerationMixin):
+if TYPE_CHECKING:
+
+    class _Model(PreTrainedModel, GenerationMixin):
+        """What the mixin is mixed into, with the attributes that the methods of Transformers declare for it."""
+
+        device: torch.device
+        dtype: torch.dtype
+        hf_device_map: dict[str, Any]
+else:
+    _Model = GenerationMixin
+
+
+class FlashDLMGenerationMixin(_Model):
     r"""
     Gives a masked diffusion language model the `generate` of Transformers, decoding by iterative unmasking.
 
@@ -144,9 +157,10 @@ class FlashDLMGenerationMixin(GenerationMixin):
             settings = {name: value for name, value in settings.items() if name not in DECIDING}
         for name in settings.keys() - chosen:
             setattr(generation_config, name, settings[name])
-        generation_config._recommended = (settings.keys() - chosen) | ({"block_length"} - given)
+        recommended = (settings.keys() - chosen) | ({"block_length"} - given)
+        generation_config._recommended = recommended  # type: ignore[attr-defined]  # beside its own
         if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
-            generation_config.block_length = None  # a recommendation of the model yields to a single block
+            generation_config.block_length = None  # type: ignore[attr-defined]  # a recommendation of the model yields to a single block
 
     def save_pretrained(self, *args, **kwargs):
         """[`~transformers.PreTrainedModel.save_pretrained`], but for a generation config that holds objects."""
@@ -158,7 +172,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         inputs = check_inputs(self, inputs, model_kwargs)
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs) -> None:
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hook 4 of 5: the cache is a FreeCache, or none."""
         if DiffusionOptions.read(generation_config).window_policy == "none":
             model_kwargs[CACHE_NAME] = None
@@ -174,9 +188,9 @@ class FlashDLMGenerationMixin(GenerationMixin):
 
     generate_batch = continuous_batching_context_manager = init_continuous_batching
 
-    def _sample(  # noqa: PLR0913, the signature of Transformers
+    def _sample(  # type: ignore[override]  # noqa: PLR0913, the signature of Transformers and two objects more
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         logits_processor: LogitsProcessorList,
         stopping_criteria: list,
         generation_config: GenerationConfig,
@@ -185,7 +199,7 @@ class FlashDLMGenerationMixin(GenerationMixin):
         guider=None,
         generator: torch.Generator | None = None,
         **model_kwargs,
-    ) -> DiffusionGenerationOutput | torch.LongTensor:
+    ) -> DiffusionGenerationOutput | torch.Tensor:
         """Hook 5 of 5: one call becomes one run of the loop."""
         started = time.perf_counter()
         _check_generator(generator, generation_config.do_sample)
@@ -263,11 +277,11 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
         config.attention_block_length = None  # which the hook of `make_block_causal` reads
     for module in model.modules():
         if hasattr(module, "is_causal"):
-            module.is_causal = False
+            module.is_causal = False  # type: ignore[assignment]  # torch declares tensors and submodules alone
     return model
 
 
-def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> DiffusionGenerationOutput | torch.LongTensor:
+def diffusion_generate(model: PreTrainedModel, inputs=None, **kwargs) -> DiffusionGenerationOutput | torch.Tensor:
     r"""
     `generate` of [`FlashDLMGenerationMixin`] for a model of another class, which is not changed.
 
@@ -287,7 +301,7 @@ def as_diffusion_model(model: PreTrainedModel) -> FlashDLMGenerationMixin:
     """The model, or a view of it: the same weights and configs under a class with the hooks above."""
     if isinstance(model, FlashDLMGenerationMixin):
         return model
-    kind = type(f"FlashDLM{type(model).__name__}", (FlashDLMGenerationMixin, type(model)), {})
+    kind: Any = type(f"FlashDLM{type(model).__name__}", (FlashDLMGenerationMixin, type(model)), {})
     view = kind.__new__(kind)
     view.__dict__ = model.__dict__
     return view
@@ -299,12 +313,13 @@ def _read_options(model, generation_config: GenerationConfig, num_new: int, guid
     recommended way to choose tokens yields to a guider.
     """
     options = DiffusionOptions.read(generation_config)
-    recommended = getattr(generation_config, "_recommended", set())
+    recommended: set[str] = getattr(generation_config, "_recommended", set())
     has_blocks = getattr(model.config.get_text_config(), "attention_block_length", None) is not None
     if "block_length" in recommended and not has_blocks and (options.block_length or 0) > num_new > 0:
         options = replace(options, block_length=num_new)
     if guider is not None:
-        options = replace(options, **{name: None for name in recommended.intersection(DECIDING)})
+        yielding: dict[str, Any] = dict.fromkeys(recommended.intersection(DECIDING))
+        options = replace(options, **yielding)
     return options
 
 
@@ -392,15 +407,17 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
         cache.target.canvas_length = length
 
     def of(canvas_mask, num_halves: int) -> Denoiser:
-        origins = num_halves * canvas.block_origins
-        blocks = canvas.attention_block_length and AttentionBlocks(canvas.attention_block_length, origins, canvas_mask)
+        blocks = None
+        if canvas.attention_block_length is not None:
+            origins = num_halves * canvas.block_origins
+            blocks = AttentionBlocks(canvas.attention_block_length, origins, canvas_mask)
         return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks)
 
     if guidance is None:
         return of(canvas.mask, 1)
     given = canvas.ids != mask_token_id
     unconditional, unconditional_mask = torch.full_like(canvas.ids, mask_token_id), canvas.mask
-    if layout.negative_ids is not None:
+    if layout.negative_ids is not None and layout.negative_mask is not None:
         after = (0, length - layout.negative_ids.shape[1])
         unconditional = pad(layout.negative_ids, after, value=mask_token_id)
         unconditional_mask = pad(layout.negative_mask, after, value=1)
@@ -419,7 +436,7 @@ def _guider(guider, options: DiffusionOptions):
     if guider is None:
         return None
     if options.is_scheduled:
-        scheduled = "schedule" if options.steps is None else "steps"
+        scheduled = next(name for name in SCHEDULED if getattr(options, name) is not None)
         raise ValueError(
             f"`{scheduled}` fixes how many tokens a step writes and a `guider` decides it, got "
             f"{scheduled}={getattr(options, scheduled)}: drop one of them."

@@ -38,7 +38,7 @@ class DiffusionGenerationOutput(ModelOutput):
             with a guider.
     """
 
-    sequences: torch.Tensor | None = None
+    sequences: torch.Tensor
     nfe: torch.Tensor | None = None
     tokens_per_forward: torch.Tensor | None = None
     active_tokens: torch.Tensor | None = None

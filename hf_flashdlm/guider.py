@@ -100,20 +100,17 @@ class ARGuider(CanvasProcessor):
         self.top_k = 1 if accept == "top1" else checked["top_k"]
         self.log_threshold = math.log(relative) if accept == "topk_relative" and relative > 0 else -math.inf
         self.num_drafts, self.beyond_prefix = checked["num_drafts"], checked["beyond_prefix"]
+        self.lookahead = None if self.beyond_prefix else self.num_drafts
         self.combine, self.confidence_threshold = checked["combine"], checked["confidence_threshold"]
         self.gate, self.cost_ratio = checked["gate"], checked["cost_ratio"]
         self.reads_text = _read_as_text(tokenizer, canvas_tokenizer)
         self.tokenizer, self.canvas_tokenizer = tokenizer, canvas_tokenizer
         self.model = _language_model(model)
 
-    @property
-    def lookahead(self) -> int | None:
-        return None if self.beyond_prefix else self.num_drafts
-
     def reset(
         self,
         diffusion_model,
-        canvas_mask: torch.LongTensor,
+        canvas_mask: torch.Tensor,
         mask_token_id: int,
         temperature: float | None = None,
         generator: torch.Generator | None = None,
@@ -131,13 +128,15 @@ class ARGuider(CanvasProcessor):
         if self.reads_text:
             ends = [end_ids(diffusion_model, self.canvas_tokenizer), end_ids(self.model, self.tokenizer)]
             alignment = Alignment(self.canvas_tokenizer, self.tokenizer, ends[0], self.tokenizer.eos_token_id)
-            self.reader = TextReader(self.model, alignment, canvas_mask, mask_token_id, ends[1], compile_config)
+            self.reader: ARReader | TextReader = TextReader(
+                self.model, alignment, canvas_mask, mask_token_id, ends[1], compile_config
+            )
         else:
             self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
         self.num_rows, self.rows = len(canvas_mask), torch.arange(len(canvas_mask))
         self.padding = (canvas_mask == 0).sum(1).cpu()  # of each row, before its text
         # Of each step: the rows, which of them were asked, and the drafts judged and accepted, on the scores' device.
-        self.counts = []
+        self.counts: list[tuple[torch.Tensor, ...]] = []
         self.seconds = 0.0
         self.gates = None
         if self.gate is not None:
@@ -146,7 +145,7 @@ class ARGuider(CanvasProcessor):
                 ratio = self.model.num_parameters() / diffusion_model.num_parameters()
             self.gates = Gate(self.num_rows, ratio)
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reader.batch_select_indices(indices)
         self.rows, self.padding = self.rows[indices], self.padding[indices]
 
@@ -200,7 +199,7 @@ class ARGuider(CanvasProcessor):
             decided = torch.where(left[..., None], scores, decided)
         return decided if asked.all() else torch.where(asked.to(scores.device)[:, None, None], decided, scores)
 
-    def _accept(self, logits: torch.Tensor, ids: torch.LongTensor) -> torch.BoolTensor:
+    def _accept(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Whether tokens of shape `(...)` pass the acceptance rule, given the logits `(..., vocab_size)` for them."""
         known = ids < logits.shape[-1]  # a vocabulary may be padded to another size
         score = logits.gather(-1, ids.clamp_max(logits.shape[-1] - 1)[..., None])
@@ -263,7 +262,7 @@ class ProductMixture(CanvasProcessor):
         self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
         self.rows, self.forwards, self.seconds = torch.arange(len(canvas_mask)), [0] * len(canvas_mask), 0.0
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         self.reader.batch_select_indices(indices)
         self.rows = self.rows[indices]
 

@@ -22,9 +22,9 @@ class Gate:
         self.cost_ratio = cost_ratio
         self.steps = torch.zeros(num_rows, dtype=torch.long)
         self.closed_at = torch.full((num_rows,), -1)
-        self.counts: list[tuple[torch.LongTensor, torch.LongTensor]] = []  # rows, and what is masked in them
+        self.counts: list[tuple[torch.Tensor, torch.Tensor]] = []  # rows, and what is masked in them
 
-    def ask(self, rows: torch.LongTensor, able: torch.BoolTensor, masked: torch.BoolTensor) -> torch.BoolTensor:
+    def ask(self, rows: torch.Tensor, able: torch.Tensor, masked: torch.Tensor) -> torch.Tensor:
         r"""
         Whether to ask in this step. Waits for the device at one step in each row, that of the verdict.
 
@@ -47,7 +47,7 @@ class Gate:
         trial_without = (step >= self.TRIAL) & (step < 2 * self.TRIAL)
         return able & ~trial_without & (self.closed_at[rows] < 0)
 
-    def _close(self, verdict: torch.LongTensor) -> None:
+    def _close(self, verdict: torch.Tensor) -> None:
         """Close the rows in which the steps with the guider have not repaid it."""
         left: dict[int, list[int]] = {}
         counts = torch.cat([masked for _, masked in self.counts]).tolist()

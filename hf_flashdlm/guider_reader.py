@@ -100,7 +100,7 @@ def check_finite(model, is_finite: bool) -> None:
         )
 
 
-def fill(canvas: torch.LongTensor, drafts: torch.LongTensor, positions, mask_token_id: int) -> torch.LongTensor:
+def fill(canvas: torch.Tensor, drafts: torch.Tensor, positions, mask_token_id: int) -> torch.Tensor:
     """The canvas with the drafts in place of its masks at `positions`."""
     filled = canvas.scatter(1, positions.to(canvas.device), drafts)
     return torch.where(canvas == mask_token_id, filled, canvas)
@@ -123,7 +123,7 @@ class ARReader:
         ValueError: If the model has too few positions, or no cache that can be cropped.
     """
 
-    def __init__(self, model, canvas_mask: torch.LongTensor, mask_token_id: int, compile_config=None):
+    def __init__(self, model, canvas_mask: torch.Tensor, mask_token_id: int, compile_config=None):
         check_length(model, int(canvas_mask.sum(1).max()))
         self.forward, self.cache = start_forward(model, compile_config), start_cache(model)
         self.model, self.mask_token_id = model, mask_token_id
@@ -134,9 +134,10 @@ class ARReader:
         self.committed = 0  # length of the clean prefix that all rows shared at the last call
         self.seen = self.canvas_mask.new_zeros(len(canvas_mask), 0)  # its ids
         # Of each call, on the device: whether it found the prefix as it was, and finite logits.
-        self.unchanged, self.finite = [], []
+        self.unchanged: list[torch.Tensor] = []
+        self.finite: list[torch.Tensor] = []
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` (on the CPU) of the batch."""
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
@@ -144,7 +145,7 @@ class ARReader:
         if self.cache.is_initialized:
             self.cache.batch_select_indices(rows)
 
-    def judge(self, canvas, drafts, positions, frontier, judged, accept: Callable) -> torch.BoolTensor:
+    def judge(self, canvas, drafts, positions, frontier, judged, accept: Callable) -> torch.Tensor:
         r"""
         Which drafts a rule accepts, from one forward.
 

@@ -131,13 +131,13 @@ class TextReader:
         self.ends = torch.tensor(sorted(ends), device=device_of(model), dtype=torch.long)
         self.seen: list[list[int]] = [[] for _ in canvas_mask]
 
-    def batch_select_indices(self, indices: torch.LongTensor) -> None:
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows `indices` of the batch."""
         self.padding = self.padding[indices]
         self.seen = [self.seen[index] for index in indices.tolist()]
         self.cache.batch_select_indices(indices.to(device_of(self.model)))
 
-    def judge(self, canvas, drafts, positions, frontier, judged, accept: Callable) -> torch.BoolTensor:
+    def judge(self, canvas, drafts, positions, frontier, judged, accept: Callable) -> torch.Tensor:
         """Which drafts a rule accepts, from one forward; see [`ARReader.judge`]."""
         # A row ends with its last draft: what is after it, which would change how its text is split, depends on the
         # other rows of the batch.
@@ -209,7 +209,7 @@ class TextReader:
         check_finite(self.model, bool(scores.amax(-1).isfinite().all()))
         return accept(scores, self._best_ends(scores, padded.gather(1, judged).to(device))).tolist()
 
-    def _best_ends(self, scores: torch.Tensor, ids: torch.LongTensor) -> torch.LongTensor:
+    def _best_ends(self, scores: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The ids with the most likely end token in place of each end token: any of them stands for the end."""
         if not len(self.ends):
             return ids

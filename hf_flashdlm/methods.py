@@ -3,9 +3,12 @@
 Owns the settings of each name in `generate(method=...)`. Knows nothing of how an option is used.
 """
 
+from typing import Any
+
+
 # Options that the caller gives win over those of the method. All methods stop at the end of the text; with
 # `stop_at_eos=False` they fill the canvas, as most of the original implementations do.
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     # One token per step, unless `steps` says otherwise.
     "llada": {"window_policy": "none", "schedule": "uniform"},
     "dream": {"window_policy": "none", "schedule": "timesteps", "confidence": "entropy", "blocks": "whole"},

@@ -5,6 +5,7 @@ nothing of architectures, steps, policies, or why a cache is frozen where it is.
 """
 
 from .block_causal import make_block_causal
+from .configuration_diffusion import DiffusionConfig
 from .diffusion_loss import declare_shift, takes_loss_weights
 from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 
@@ -20,6 +21,8 @@ class DiffusionModelMixin(FlashDLMGenerationMixin):
     cross-entropy. `attention_mask` of shape `(batch_size, past_length + sequence_length)` covers the cached positions,
     too.
     """
+
+    config_class: type[DiffusionConfig]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)

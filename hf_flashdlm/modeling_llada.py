@@ -6,6 +6,8 @@ cache is frozen where it is.
 Shapes: B batch, T positions fed to this call, K keys attended to (cached and fed), D `d_model`, H heads.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -43,7 +45,7 @@ class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
 
     @torch.no_grad()
     @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.LongTensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         emb = torch.cat((freqs, freqs), dim=-1)  # (B or 1, T, head_dim)
         return emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
@@ -170,7 +172,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
         super().__init__(config)
         # As in the original, a head that is the embedding has no bias.
         head_bias = config.include_bias and not config.weight_tying
-        self.transformer = nn.ModuleDict(
+        self.transformer: Any = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.embedding_size, config.d_model),
                 "blocks": nn.ModuleList([LLaDABlock(config, layer_idx) for layer_idx in range(config.n_layers)]),
@@ -179,24 +181,24 @@ class LLaDAModel(LLaDAPreTrainedModel):
             }
         )
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
-        self.rotary_emb = LLaDARotaryEmbedding(config)
+        self.rotary_emb = LLaDARotaryEmbedding(config)  # type: ignore[arg-type]  # it has the fields of Llama under its own names
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> nn.Module:
         return self.transformer.wte
 
-    def set_input_embeddings(self, value: nn.Embedding):
+    def set_input_embeddings(self, value: nn.Module):
         self.transformer.wte = value
 
     @takes_past_key_values
     @merge_with_config_defaults
     @capture_outputs
-    def forward(
+    def forward(  # type: ignore[misc]  # the keywords of Transformers hold `position_ids`, too
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -240,10 +242,8 @@ class LLaDAModel(LLaDAPreTrainedModel):
                 **{CACHE_NAME: cache},
                 **kwargs,
             )
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.transformer.ln_f(hidden_states),
-            **{CACHE_NAME: cache if use_cache else None},
-        )
+        kept: dict[str, Any] = {CACHE_NAME: cache if use_cache else None}
+        return BaseModelOutputWithPast(last_hidden_state=self.transformer.ln_f(hidden_states), **kept)
 
 
 class LLaDAModelLM(FlashDLMGenerationMixin, LLaDAPreTrainedModel):
@@ -285,14 +285,14 @@ class LLaDAModelLM(FlashDLMGenerationMixin, LLaDAPreTrainedModel):
     @takes_past_key_values
     @takes_loss_weights
     @can_return_tuple
-    def forward(
+    def forward(  # type: ignore[misc]  # as above
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],

@@ -16,8 +16,9 @@ from .modeling_diffusion import DiffusionModelMixin
 class SplitHeads(ConversionOps):
     """Rows of all query heads, all key heads, all value heads: one tensor becomes three."""
 
-    @torch.no_grad
-    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, torch.Tensor]:
+    # An operation of Transformers returns a tensor for each name, whatever its base class declares.
+    @torch.no_grad()
+    def convert(self, input_dict, source_patterns, target_patterns, config=None, **kwargs) -> dict[str, torch.Tensor]:  # type: ignore[override]
         (tensors,) = input_dict.values()
         fused = tensors[0] if isinstance(tensors, list) else tensors
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
@@ -44,7 +45,7 @@ class LLaDA2MoeModelLM(DiffusionModelMixin, Glm4MoeForCausalLM):
     >>> model = AutoModelForCausalLM.from_pretrained("inclusionAI/LLaDA2.0-mini", dtype="auto")
     ```"""
 
-    config: LLaDA2MoeConfig
+    config: LLaDA2MoeConfig  # type: ignore[assignment]  # it has the fields of GLM-4-MoE under its own names
 
     def __init__(self, config: LLaDA2MoeConfig):
         super().__init__(config)

@@ -26,7 +26,7 @@ class LLaDAMoEModelLM(DiffusionModelMixin, Qwen3MoeForCausalLM):
     >>> model = AutoModelForCausalLM.from_pretrained("inclusionAI/LLaDA-MoE-7B-A1B-Instruct", dtype="auto")
     ```"""
 
-    config: LLaDAMoEConfig
+    config: LLaDAMoEConfig  # type: ignore[assignment]  # it has the fields of Qwen3-MoE under its own names
 
     def __init__(self, config: LLaDAMoEConfig):
         super().__init__(config)

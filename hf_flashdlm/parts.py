@@ -113,12 +113,14 @@ def _schedule(
         return MinimumSchedule()
     if not isinstance(options.schedule, str | None):
         return options.schedule
-    per_block = options.steps_per_block or (block_length if options.steps is None else None)
     if options.schedule == "linear":
-        return LinearSchedule(per_block or -(-options.steps // num_blocks))
-    # Blocks that a row begins within are not tiles of the region, over which steps could be spread.
-    if options.steps_per_block is not None or (has_attention_blocks and options.schedule != "timesteps" and per_block):
-        return BlockSchedule(block_length, per_block)
+        given = block_length if options.steps is None else -(-options.steps // num_blocks)
+        return LinearSchedule(options.steps_per_block or given)
+    if options.steps_per_block is not None:
+        return BlockSchedule(block_length, options.steps_per_block)
+    if has_attention_blocks and options.steps is None and options.schedule == "uniform":
+        # Blocks that a row begins within are not tiles of the region, over which steps could be spread.
+        return BlockSchedule(block_length, block_length)
     steps = split_steps(num_new if options.steps is None else options.steps, num_blocks)
     if options.schedule == "timesteps":
         return TimestepSchedule(steps, options.eps, options.run_empty_steps)

@@ -71,7 +71,7 @@ class RowEnds:
             or range(max(self.clean[row.index], first), max(self.clean[row.index], first) + 1)
             for row in state.rows
         }
-        stopped = {}  # of each row: the length at which it is told to
+        stopped: dict[int, int] = {}  # of each row: the length at which it is told to
         shown = self.shown(max(reached.stop for reached in lengths.values()), state.canvas.device)
         for length in sorted(set().union(*lengths.values())):
             reached = {index for index in lengths if length in lengths[index]} - stopped.keys()
@@ -86,7 +86,7 @@ class RowEnds:
             elif row.index in stopped:
                 self.clean[row.index], self.finished[row.index] = stopped[row.index], True
 
-    def shown(self, length: int, device) -> torch.LongTensor:
+    def shown(self, length: int, device) -> torch.Tensor:
         """
         The caller's batch up to the position `length`, as criteria and processors are shown it: of each row its clean
         text, then mask tokens, or pad tokens if it is finished.

@@ -62,10 +62,12 @@ class WindowPolicy(Protocol):
 
 def _canvas_end(row, grow_length: int | None) -> int:
     """Where the canvas of a row ends: it grows with the current block, in pieces of `grow_length` if that is given."""
-    if grow_length is None:
-        return len(row.tokens)
-    pieces = -(-(row.block_stop - row.block_origin) // grow_length)
-    return min(row.block_origin + pieces * grow_length, len(row.tokens))
+    return len(row.tokens) if grow_length is None else _rounded(row, row.block_stop, grow_length)
+
+
+def _rounded(row, stop: int, length: int) -> int:
+    """The first position from `stop` on that is a multiple of `length` from the row's origin, within the canvas."""
+    return min(row.block_origin - -(stop - row.block_origin) // length * length, len(row.tokens))
 
 
 @dataclass
@@ -157,7 +159,7 @@ class FreeCacheWindow:
         # A block that a growing canvas has just reached has no stale states yet.
         unseen = refresh or (self.grow_length is not None and self.attend_stale and row.block_nfe == 0)
         is_cut = self.right_window is not None and not unseen
-        hi = min(row.frontier + self.right_window, length) if is_cut else length
+        hi = min(_rounded(row, row.frontier + self.right_window, self.grow_length or 1), length) if is_cut else length
         return Window(lo, hi, length if self.attend_stale else hi, lo)
 
     def _refresh(self, row) -> bool:

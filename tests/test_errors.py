@@ -194,13 +194,24 @@ REFUSALS = {
         )
         for rule in ("confidence_threshold", "factor", "frechet_delta", "entropy_bound")
     },
+    "steps-per-block-and-steps": Refusal(
+        "`steps_per_block` counts the steps of a block and `steps` those of the whole region, got 2 and 8: drop one "
+        "of them.",
+        dict(steps_per_block=2, steps=8),
+    ),
+    "steps-per-block-and-timesteps": Refusal(
+        "`steps_per_block` counts the steps of a block and `schedule` those of the whole region, got 2 and "
+        "'timesteps': drop one of them.",
+        dict(steps_per_block=2, schedule="timesteps"),
+    ),
     "empty-steps-of-timesteps": Refusal(
         "`run_empty_steps` belongs to schedule='timesteps', got schedule=None: drop it.", dict(run_empty_steps=True)
     ),
     **{
         f"method-{value}": Refusal(
             "`method` must be one of llada, dream, dkv-cache, freecache, fast-dllm, fast-dllm-prefix, "
-            f"fast-dllm-dual, adablock, eb-sampler, flashdlm, got {value!r}.",
+            "fast-dllm-dual, adablock, eb-sampler, sdar, bd3lm, llada2, llada2.1, fast-dllm-v2, flashdlm, got "
+            f"{value!r}.",
             dict(method=value),
         )
         for value in ("fast", 3)

@@ -71,8 +71,10 @@ def test_llada_moe(load, left_padded, case):
 @cases("block_ar/cases_a2d", lambda case: case["function"].startswith("MDLM"))
 def test_mdlm(load, left_padded, case):
     settings, prompts = case["settings"], case["prompt_ids"]
+    model = load("block_ar/" + case["model"])
+    model.config.logits_shift = int(settings.get("right_shift_logits", False))
     rows, shapes = run(
-        load("block_ar/" + case["model"]),
+        model,
         prompts,
         left_padded,
         max_new_tokens=settings["max_new_tokens"],

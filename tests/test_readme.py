@@ -222,10 +222,16 @@ def test_the_snippets_of_a_page_run(name):
 # The contributor's kit
 
 
-def test_ruff_has_one_version():
-    (pinned,) = re.findall(r"ruff==([\d.]+)", page("pyproject.toml"))
-    assert re.findall(r"rev: v([\d.]+)", page(".pre-commit-config.yaml")) == [pinned]
-    assert f"\nruff=={pinned}\n" in page("tests/requirements.txt")
+@pytest.mark.parametrize("tool", ["mypy", "ruff"])
+def test_a_checker_has_one_version(tool):
+    (pinned,) = re.findall(rf"{tool}==([\d.]+)", page("pyproject.toml"))
+    assert f"\n{tool}=={pinned}\n" in page("tests/requirements.txt")
+    if tool == "ruff":
+        assert re.findall(r"rev: v([\d.]+)", page(".pre-commit-config.yaml")) == [pinned]
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (ROOT / "hf_flashdlm" / "py.typed").is_file()
 
 
 def test_the_checklists_name_what_is_there():
