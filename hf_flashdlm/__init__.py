@@ -25,6 +25,7 @@ from .generation_config import DiffusionOptions
 from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider, ProductMixture
+from .log_likelihood import LogLikelihoodOutput, log_likelihood, perplexity
 from .methods import METHODS
 from .modeling_a2d import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .modeling_dream import DreamModel
@@ -78,6 +79,7 @@ __all__ = [
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
+    "LogLikelihoodOutput",
     "MostConfident",
     "OpenDCoderConfig",
     "OpenDCoderModel",
@@ -92,8 +94,10 @@ __all__ = [
     "WindowPolicy",
     "__version__",
     "diffusion_generate",
+    "log_likelihood",
     "make_bidirectional",
     "make_block_causal",
+    "perplexity",
 ]
 
 _MODELS: dict[Any, type] = {

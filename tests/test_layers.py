@@ -17,7 +17,15 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_")))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "data_collator", "tokenization_dream", "unsupported", "version"}
+PACKAGE_ONLY = {
+    "__init__",
+    "__main__",
+    "data_collator",
+    "log_likelihood",
+    "tokenization_dream",
+    "unsupported",
+    "version",
+}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
@@ -27,7 +35,7 @@ LAYERS = (
     "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
     "configuration_open_dcoder configuration_sdar",
     "configuration_llada denoiser denoising_loop generation_inputs guider_text",
-    "guider parts",
+    "guider log_likelihood parts",
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",
     "modeling_a2d modeling_fast_dllm_v2 modeling_llada2 modeling_llada_moe modeling_open_dcoder modeling_sdar",
