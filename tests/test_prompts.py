@@ -12,8 +12,8 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_flashdlm.cli import main
-from hf_flashdlm.prompting import Checkpoint
 from hf_flashdlm.console.prompts import added_spans, encode_chat, encode_text
+from hf_flashdlm.prompting import Checkpoint
 from hf_flashdlm.tiny import FOLDER as TINY
 
 
