@@ -1,6 +1,7 @@
 """The layout: which module may import which, and what exported modules must not do."""
 
 import ast
+import importlib
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -22,6 +23,7 @@ PACKAGE_ONLY = {
     "__main__",
     "data_collator",
     "log_likelihood",
+    "prompting",
     "tokenization_dream",
     "unsupported",
     "version",
@@ -39,7 +41,7 @@ LAYERS = (
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",
     "modeling_a2d modeling_fast_dllm_v2 modeling_llada2 modeling_llada_moe modeling_open_dcoder modeling_sdar",
-    "__init__",
+    "__init__ prompting",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
@@ -51,7 +53,13 @@ FOLDERS = {
     "hub": {"tiny"},
     "tiny": set(),
 }
-REACHES_UP = {"__init__": {"console/display"}, "__main__": {"cli/main"}}
+REACHES_UP = {
+    "__init__": {"console/display"},
+    "__main__": {"cli/__init__"},
+    "prompting": {"console/checkpoint"},
+}
+# What a folder gives to users by its own name. An import in the others would cause a cycle through `CanvasStreamer`.
+FACADES = {"cli": ["main"], "hub": ["export_code", "export_guider", "export_model", "export_strategy", "push"]}
 
 
 def exported():
@@ -121,11 +129,17 @@ def test_arrows_between_folders(name):
     assert {folder(module) for module in imports(name)} <= FOLDERS[folder(name)] | {folder(name), ""}
 
 
-@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"tiny"}))
+@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"tiny"} - FACADES.keys()))
 def test_a_folder_of_tools_has_an_init_of_one_docstring(name):
-    # A name in it would hide the module of that name, and an import would cause a cycle through `CanvasStreamer`.
     statements = ast.parse(MODULES[f"{name}/__init__"].read_text(encoding="utf-8")).body
     assert len(statements) == 1
+
+
+@pytest.mark.parametrize("name", FACADES)
+def test_what_users_import_from_a_folder_is_not_hidden_by_a_module(name):
+    given = importlib.import_module(f"hf_flashdlm.{name}")
+    assert given.__all__ == FACADES[name]
+    assert all(callable(getattr(given, each)) and f"{name}/{each}" not in MODULES for each in given.__all__)
 
 
 def test_there_is_no_circle():
