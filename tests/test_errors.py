@@ -87,7 +87,7 @@ def processor(name, **options):
 REFUSALS = {
     # Options of Transformers that make no sense for a canvas.
     **{
-        f"host-{name}": meaningless(name, value)
+        f"transformers-{name}": meaningless(name, value)
         for name, value in {
             "num_beams": 2,
             "output_scores": True,
@@ -110,7 +110,7 @@ REFUSALS = {
         "WatermarkLogitsProcessor", watermarking_config=dict(greenlist_ratio=0.25, bias=2.0)
     ),
     # The cache.
-    "cache-of-the-host": Refusal(
+    "cache-of-transformers": Refusal(
         f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a DynamicCache of 0 tokens: drop it, or `reset` it.",
         dict(cache=DynamicCache),
     ),

@@ -152,7 +152,7 @@ def test_a_module_names_the_package_by_dots_alone(name):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_the_host_sees_the_imports_that_python_sees(name):
+def test_transformers_sees_the_imports_that_python_sees(name):
     # Transformers reads lines, docstrings included, and does not understand `from . import` or folders.
     assert set(get_relative_imports(MODULES[name])) == imports(name)
     assert all(node.level <= 1 for node in nodes(name) if isinstance(node, ast.ImportFrom))

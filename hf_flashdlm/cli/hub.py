@@ -105,7 +105,7 @@ def run_push(args: argparse.Namespace) -> None:
 
 
 def print_files(files: dict[str, int]) -> None:
-    """A line for each file, and one for all."""
+    """A line for each file, and a line for their sum."""
     from rich.filesize import decimal
 
     for name, size in files.items():
