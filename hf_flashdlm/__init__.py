@@ -110,9 +110,11 @@ _MODELS: dict[Any, type] = {
     A2DLlamaConfig: A2DLlamaLMHeadModel,
     Fast_dLLM_QwenConfig: Fast_dLLM_QwenForCausalLM,
     LLaDA2MoeConfig: LLaDA2MoeModelLM,
+    OpenDCoderConfig: OpenDCoderModel,
 }
-# Their `model_type` is another's: LLaDA's configuration makes that of LLaDA-MoE, and Open-dCoder has to be named.
-_SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM, OpenDCoderConfig: OpenDCoderModel}
+_SHARED: dict[Any, type] = {
+    LLaDAMoEConfig: LLaDAMoEModelLM
+}  # LLaDA's configuration makes it, by the same `model_type`
 for _config in (*_MODELS, *REFUSED):
     AutoConfig.register(_config.model_type, _config)
 for _config, _model in (_MODELS | _SHARED).items():

@@ -180,7 +180,7 @@ class LLaDA2MoeConfig(DiffusionConfig):
             self.eos_token_id = self.pad_token_id
         if self.recommended_method is None:
             # Nothing but its name tells a checkpoint that edits its tokens from one that does not.
-            edits = "LLaDA2.1" in repository_name(kwargs.get("name_or_path", ""))
+            edits = "llada2.1" in repository_name(kwargs.get("name_or_path", "")).lower()
             self.recommended_method = "llada2.1" if edits else "llada2"
         super().__post_init__(**kwargs)
         self.partial_rotary_factor = self.rope_parameters["partial_rotary_factor"]

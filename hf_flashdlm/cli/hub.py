@@ -29,7 +29,7 @@ def add_export(commands) -> None:
         return kind
 
     for name, text, run in (
-        ("model", "the weights of a LLaDA or Dream checkpoint with the code that decodes them", run_export_model),
+        ("model", "the weights of a diffusion model with the code that decodes them", run_export_model),
         ("guider", "an autoregressive model, which needs no code", run_export_guider),
     ):
         kind = add_kind(name, text, run)
