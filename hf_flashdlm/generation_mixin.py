@@ -174,7 +174,8 @@ class FlashDLMGenerationMixin(_Model):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hook 4 of 5: the cache is a FreeCache, or none."""
-        if DiffusionOptions.read(generation_config).window_policy == "none":
+        options = DiffusionOptions.read(generation_config)
+        if options.window_policy == "none" and not options.prefix_lm:
             model_kwargs[CACHE_NAME] = None
         elif model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = FreeCache()
@@ -214,7 +215,7 @@ class FlashDLMGenerationMixin(_Model):
         check_prompt(self, layout, mask_token_id, max_length)
         check_block_causal(self, options, layout)
         pad_token_id = _pad_token_id(generation_config)
-        canvas = make_canvas(self, layout, num_new, mask_token_id, pad_token_id)
+        canvas = make_canvas(self, options, layout, num_new, mask_token_id, pad_token_id)
         # 2. The parts.
         guider = _guider(guider, options)
         prompt_length = layout.input_ids.shape[1]
@@ -411,7 +412,7 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
         if canvas.attention_block_length is not None:
             origins = num_halves * canvas.block_origins
             blocks = AttentionBlocks(canvas.attention_block_length, origins, canvas_mask)
-        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks)
+        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks, canvas.prefix_length)
 
     if guidance is None:
         return of(canvas.mask, 1)
