@@ -17,6 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .block_causal import AttentionBlocks, for_backend
 from .cache import FreeCache
 from .compiling import CompiledForward
+from .images import Images
 from .windows import Window
 
 
@@ -72,6 +73,7 @@ class Denoiser:
             last position, queries see all keys through a mask. The first forward, which makes the buffers, is eager.
         attention_blocks ([`AttentionBlocks`], *optional*):
             Those of a model with block-causal attention; without them a query sees all keys.
+        images ([`Images`], *optional*): Embeddings that stand in the prompts.
         prefix_length (`int`): This many positions, which hold no masks, are computed once, by themselves.
     """
 
@@ -84,8 +86,9 @@ class Denoiser:
         compile_config=None,
         attention_blocks: AttentionBlocks | None = None,
         prefix_length: int = 0,
+        images: Images | None = None,
     ):
-        self.model, self.attention_blocks = model, attention_blocks
+        self.model, self.attention_blocks, self.images = model, attention_blocks, images
         self.forward = CompiledForward(model, compile_config)
         self.is_static = compile_config is not None
         self.backend = attention_backend(model)
@@ -136,9 +139,13 @@ class Denoiser:
         input_ids, position_ids = (
             ids[:, feed] if isinstance(feed, slice) else ids.gather(1, feed) for ids in (canvas, self.position_ids)
         )
+        lows = [window.hi - count for window, count in zip(windows, computed, strict=True)]
+        inputs = {"input_ids": input_ids}
+        if self.images is not None and self.images.are_fed(lows):
+            inputs = {"inputs_embeds": self.images.embed(self.model, input_ids, feed)}
         kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
         logits = self.forward(
-            input_ids=input_ids,
+            **inputs,
             position_ids=position_ids,
             **self._attention(windows, computed, feed, input_ids.shape[1]),
             cache=self.cache,
@@ -299,6 +306,8 @@ class Denoiser:
         self.first = [self.first[index] for index in indices.tolist()]
         if self.prefix_logits is not None:
             self.prefix_logits = self.prefix_logits[indices.to(self.prefix_logits.device)]
+        if self.images is not None:
+            self.images.batch_select_indices(indices)
         if self.attention_blocks is not None:
             self.attention_blocks.batch_select_indices(indices)
         if self.cache is not None:

@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig
 from .block_causal import for_backend
 from .compiling import CACHE_NAME, device_of
 from .generation_config import DiffusionOptions
+from .images import Images
 
 
 LONGEST_CANVAS = 2**22  # positions of a row, where the model names no limit of its own
@@ -33,6 +34,7 @@ class Canvas:
     block_origins: list[int]  # the column of each row that blocks are counted from
     attention_block_length: int | None  # that of a model with block-causal attention
     prefix_length: int = 0  # this many positions are computed once, by themselves
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -215,8 +217,43 @@ def lay_out(model, input_ids: torch.Tensor, prompt_mask, guidance, max_length: i
     return Layout(ids, mask, negative, negative_mask)
 
 
-def make_canvas(
-    model, options: DiffusionOptions, layout: Layout, num_new: int, mask_token_id: int, pad_token_id: int
+def find_images(model, layout: Layout, model_kwargs: dict, guider) -> Images | None:
+    r"""
+    The images of the prompts, which Transformers has embedded before.
+
+    Raises:
+        ValueError: If there are other image tokens than embeddings, or a guider, which reads text alone.
+    """
+    image_token_id = getattr(model.config, "image_token_id", None)
+    outputs = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if image_token_id is None and outputs is None:
+        return None
+    if image_token_id is None:
+        raise ValueError(
+            "`image_token_id` must be the id that stands for images in `input_ids`, got None: set it in "
+            "`model.config` to that of the processor."
+        )
+    is_image = (layout.input_ids == image_token_id) & layout.prompt_mask.bool()
+    if outputs is None:
+        if is_image.any():
+            raise ValueError(
+                f"`pixel_values` must be given for the {int(is_image.sum())} image tokens {image_token_id} in "
+                "`input_ids`: pass all that the processor returns."
+            )
+        return None
+    if guider is not None:
+        raise ValueError("`guider` reads text alone, got a prompt with images: drop one of them.")
+    return Images.of(list(outputs.pooler_output), layout.input_ids, is_image)
+
+
+def make_canvas(  # noqa: PLR0913, what a canvas is made of
+    model,
+    options: DiffusionOptions,
+    layout: Layout,
+    num_new: int,
+    mask_token_id: int,
+    pad_token_id: int,
+    images: Images | None = None,
 ) -> Canvas:
     r"""
     Put masks after the prompts: `num_new` of them, or where attention blocks are counted from the start of a row as
@@ -228,6 +265,7 @@ def make_canvas(
         layout ([`Layout`]): The prompts.
         num_new (`int`): Length of the generated region.
         mask_token_id (`int`): The mask token.
+        images ([`Images`], *optional*): Those of the prompts.
         pad_token_id (`int`): Stands after the last block of a row that is shorter than others.
     """
     prompt_length = layout.input_ids.shape[1]
@@ -243,7 +281,7 @@ def make_canvas(
         row[stop:] = pad_token_id
     mask = pad(layout.prompt_mask, (0, max(stops) - prompt_length), value=1)
     prefix_length = _prefix_length(model, options, layout, mask_token_id) if options.prefix_lm else 0
-    return Canvas(ids, mask, origins, length, prefix_length)
+    return Canvas(ids, mask, origins, length, prefix_length, images)
 
 
 def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None:
