@@ -5,11 +5,12 @@ steps, policies, or of how a decode feeds them.
 """
 
 from math import ceil, sqrt
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
-from transformers import Cache, Qwen2Model, initialization
+from transformers import Cache, PreTrainedModel, Qwen2Model, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
@@ -20,6 +21,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisi
 
 from .compiling import CACHE_NAME
 from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig
+from .generation_mixin import FlashDLMGenerationMixin
 from .images import Images
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
@@ -39,16 +41,16 @@ class VisionTransformer(nn.Module):
         return self.encoder(inputs_embeds=self.embeddings(pixel_values)).last_hidden_state
 
 
-class LavidaBase:
+class LavidaBase(PreTrainedModel):
     """The vision part of a base model, for a subclass of it and of the text model."""
 
     def __init__(self, config):
         super().__init__(config)
         vision, width = config.vision_config, config.hidden_size
         tower = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": VisionTransformer(vision)})})
-        self.vision_tower = tower
+        self.vision_tower: Any = tower
         projector = [nn.Linear(config.mm_hidden_size, width), nn.GELU(), nn.Linear(width, width)]
-        self.mm_projector = nn.Sequential(*projector)
+        self.mm_projector: Any = nn.Sequential(*projector)
         self.image_newline = nn.Parameter(torch.randn(width) / sqrt(width))
         self.post_init()
 
@@ -95,7 +97,7 @@ class LavidaBase:
         weight = self.mm_projector[0].weight
         states = self.mm_projector(self.vision_tower.vision_tower.vision_model(tiles.to(weight)))
         pooled = self._pool(states).split(num_tiles)
-        packed = [self._pack(one, image) for one, image in zip(pooled, image_sizes, strict=True)]
+        packed: Any = [self._pack(one, image) for one, image in zip(pooled, image_sizes, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=packed)
 
     @property
@@ -134,14 +136,14 @@ class LavidaDreamModel(LavidaBase, Qwen2Model):
     config: LavidaDreamConfig
 
 
-class LavidaMixin:
+class LavidaMixin(FlashDLMGenerationMixin):
     r"""
     For a subclass of it and of a diffusion model that takes `inputs_embeds`. `forward` also takes `pixel_values`,
     `image_sizes` and `batch_num_images`, as [`LavidaBase.get_image_features`] does, or in `mm_encoder_outputs` what
     that has returned; `input_ids` hold `config.image_token_id` where the embeddings of the images go, in order.
     """
 
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]
     base_class: type
 
     def __init__(self, config):

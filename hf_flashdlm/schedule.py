@@ -128,9 +128,14 @@ class ShiftSchedule:
         # After its last step a block has masks left only if a narrow window hid them: write them at once.
         return quotas[row.step] if row.step < len(quotas) else max(row.block_masked, 1), row.step + 1
 
+    def share(self, times: torch.Tensor) -> torch.Tensor:
+        """s of the times t, numbers from 0 to 1. A subclass with another s has another schedule."""
+        return self.shift * times / (1 + (self.shift - 1) * times)
+
     def _quotas(self, masked: int, steps: int) -> list[int]:
         times = torch.arange(steps + 1, dtype=torch.float32) / max(steps, 1)  # float32 is part of the schedule
-        written = (self.shift * times / (1 + (self.shift - 1) * times) * masked).long()
+        written = (self.share(times) * masked).long()
+        written[-1] = masked  # which a share of 1 may miss in float32
         quotas = written.diff().clamp_min(1).tolist()
         step = 0
         while sum(quotas) > masked:  # what the minimum of one has added is taken from the steps with more, in turn
