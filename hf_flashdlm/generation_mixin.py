@@ -38,6 +38,7 @@ from .generation_inputs import (
     check_inputs,
     check_numbers,
     check_prompt,
+    find_images,
     lay_out,
     make_canvas,
     mask_token_id_of,
@@ -182,7 +183,8 @@ class FlashDLMGenerationMixin(_Model):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hook 4 of 5: the cache is a FreeCache, or none."""
-        if DiffusionOptions.read(generation_config).window_policy == "none":
+        options = DiffusionOptions.read(generation_config)
+        if options.window_policy == "none" and not options.prefix_lm:
             model_kwargs[CACHE_NAME] = None
         elif model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = FreeCache()
@@ -222,7 +224,8 @@ class FlashDLMGenerationMixin(_Model):
         check_prompt(self, layout, mask_token_id, max_length)
         check_block_causal(self, options, layout)
         pad_token_id = _pad_token_id(generation_config)
-        canvas = make_canvas(self, layout, num_new, mask_token_id, pad_token_id)
+        images = find_images(self, layout, model_kwargs, guider)
+        canvas = make_canvas(self, options, layout, num_new, mask_token_id, pad_token_id, images)
         # 2. The parts.
         guider = _guider(guider, options)
         prompt_length = layout.input_ids.shape[1]
@@ -425,7 +428,8 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
         if canvas.attention_block_length is not None:
             origins = num_halves * canvas.block_origins
             blocks = AttentionBlocks(canvas.attention_block_length, origins, canvas_mask)
-        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks)
+        images = canvas.images if canvas.images is None or num_halves == 1 else canvas.images.with_rows_without()
+        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks, canvas.prefix_length, images)
 
     if guidance is None:
         return of(canvas.mask, 1)

@@ -231,6 +231,7 @@ OTHER_THAN_DEFAULT = [
     {"method": "fast-dllm-dual"},
     {"steps_per_block": 4, "editing_threshold": 0.5, "max_post_steps": 3, "first_token_alone": True},
     {"blocks": "adaptive", "delimiter_token_ids": [3], "delimiter_threshold": 0.5, "delimiter_window": 8},
+    {"schedule": "shift", "schedule_shift": 0.5, "prefix_lm": True, "prompt_tail": 2},
 ]
 
 
