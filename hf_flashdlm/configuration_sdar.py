@@ -16,6 +16,7 @@ class _Blocks(DiffusionConfig):
     released_mask_token_id = 151669
 
     block_size: int | None = None
+    recommended_method: str | None = "sdar"
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):
@@ -56,7 +57,7 @@ class SDARMoeConfig(_Blocks, Qwen3MoeConfig):
     """
 
     model_type = "sdar_moe"
-    # The original file counts the experts as `num_experts`, and a saved one must.
+    # The original file counts the experts as `num_experts`, and so must a saved file.
     attribute_map = {"attention_block_length": "block_size", "num_local_experts": "num_experts"}
 
 

@@ -211,7 +211,7 @@ def test_use_cache_false_is_no_cache_if_nothing_else_is_said(tiny, options_seen,
 
 
 @pytest.mark.parametrize("name", ["blok_length", "frozen_length", "small_block_size", "diffusion"])
-def test_an_unknown_name_raises_what_the_host_raises(tiny, name):
+def test_an_unknown_name_raises_what_transformers_raises(tiny, name):
     with pytest.raises(ValueError, match=rf"`model_kwargs` are not used by the model: \['{name}'\]"):
         tiny("llada").generate(torch.tensor([PROMPT]), max_new_tokens=3, **{name: 4})
 

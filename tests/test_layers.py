@@ -18,20 +18,30 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_")))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "data_collator", "prompting", "tokenization_dream", "unsupported", "version"}
+PACKAGE_ONLY = {
+    "__init__",
+    "__main__",
+    "data_collator",
+    "log_likelihood",
+    "prompting",
+    "tokenization_dream",
+    "unsupported",
+    "version",
+}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
-    "cache canvas_processors compiling configuration_diffusion configuration_dream diffusion_loss generation_output "
-    "guider_gate methods schedule streaming synchronizing tokenization_dream unmasking unsupported version windows",
-    "block_causal blocks configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
-    "configuration_open_dcoder configuration_sdar data_collator denoiser generation_config guider_reader stopping",
-    "configuration_llada",
-    "denoising_loop generation_inputs guider_text",
-    "guider parts",
+    "cache canvas_processors compiling configuration_dream diffusion_loss generation_output guider_gate images "
+    "methods schedule streaming synchronizing tokenization_dream unmasking unsupported version windows",
+    "blocks configuration_diffusion data_collator generation_config guider_reader stopping",
+    "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
+    "configuration_open_dcoder configuration_sdar",
+    "configuration_llada denoiser denoising_loop generation_inputs guider_text",
+    "configuration_lavida guider log_likelihood parts",
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",
-    "modeling_a2d modeling_fast_dllm_v2 modeling_llada2 modeling_llada_moe modeling_open_dcoder modeling_sdar",
+    "modeling_a2d modeling_fast_dllm_v2 modeling_lavida modeling_llada2 modeling_llada_moe modeling_open_dcoder "
+    "modeling_sdar",
     "__init__ prompting",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -143,7 +153,7 @@ def test_a_module_names_the_package_by_dots_alone(name):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_the_host_sees_the_imports_that_python_sees(name):
+def test_transformers_sees_the_imports_that_python_sees(name):
     # Transformers reads lines, docstrings included, and does not understand `from . import` or folders.
     assert set(get_relative_imports(MODULES[name])) == imports(name)
     assert all(node.level <= 1 for node in nodes(name) if isinstance(node, ast.ImportFrom))

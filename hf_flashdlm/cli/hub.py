@@ -29,7 +29,7 @@ def add_export(commands) -> None:
         return kind
 
     for name, text, run in (
-        ("model", "the weights of a LLaDA or Dream checkpoint with the code that decodes them", run_export_model),
+        ("model", "the weights of a diffusion model with the code that decodes them", run_export_model),
         ("guider", "an autoregressive model, which needs no code", run_export_guider),
     ):
         kind = add_kind(name, text, run)
@@ -105,7 +105,7 @@ def run_push(args: argparse.Namespace) -> None:
 
 
 def print_files(files: dict[str, int]) -> None:
-    """A line for each file, and one for all."""
+    """A line for each file, and a line for their sum."""
     from rich.filesize import decimal
 
     for name, size in files.items():

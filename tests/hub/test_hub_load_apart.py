@@ -144,7 +144,7 @@ print(json.dumps([
 # The forms of `custom_generate`, in this process
 
 
-def test_generate_takes_positions_keywords_and_what_the_host_adds(foreign, batch, guider, expected):
+def test_generate_takes_positions_keywords_and_what_transformers_adds(foreign, batch, guider, expected):
     added = {"revision": "0.1.0", "token": None, "cache_dir": "x", "trust_remote_code": True, "synced_gpus": None}
     ids, mask = batch["input_ids"], batch["attention_mask"]
     config = GenerationConfig(**foreign.generation_config.to_dict())
