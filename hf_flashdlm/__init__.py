@@ -24,7 +24,7 @@ from .data_collator import DataCollatorForMaskedDiffusion
 from .generation_config import DiffusionOptions
 from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_output import DiffusionGenerationOutput
-from .guider import ARGuider, ProductMixture
+from .guider import ARGuider
 from .methods import METHODS
 from .modeling_a2d import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .modeling_dream import DreamModel
@@ -81,7 +81,6 @@ __all__ = [
     "MostConfident",
     "OpenDCoderConfig",
     "OpenDCoderModel",
-    "ProductMixture",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARMoeConfig",
