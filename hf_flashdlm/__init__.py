@@ -32,7 +32,7 @@ from .data_collator import DataCollatorForMaskedDiffusion
 from .generation_config import DiffusionOptions
 from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_output import DiffusionGenerationOutput
-from .guider import ARGuider
+from .guider import ARGuider, ProductMixture
 from .log_likelihood import LogLikelihoodOutput, log_likelihood, perplexity
 from .methods import METHODS
 from .modeling_a2d import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
@@ -96,6 +96,7 @@ __all__ = [
     "MostConfident",
     "OpenDCoderConfig",
     "OpenDCoderModel",
+    "ProductMixture",
     "SDARConfig",
     "SDARForCausalLM",
     "SDARMoeConfig",

@@ -237,6 +237,54 @@ class ARGuider(CanvasProcessor):
         }
 
 
+class ProductMixture(CanvasProcessor):
+    r"""
+    Mixes the distributions of the two models, p(x) ~ p_diffusion(x)^weight * p_autoregressive(x)^(1 - weight), where
+    the autoregressive model reads the drafts left of a position. Unlike [`ARGuider`] it moves the result towards the
+    autoregressive model, which supplies tokens of its own.
+
+    Args:
+        model (`PreTrainedModel`): A causal language model with the vocabulary of the diffusion model.
+        weight (`float`, *optional*, defaults to 0.5): Weight of the diffusion model, between 0 and 1.
+        num_drafts (`int`, *optional*, defaults to 32): Positions from the first masked one on that are scored.
+    """
+
+    def __init__(self, model, weight: float = 0.5, num_drafts: int = 32):
+        checked = _checked(weight=weight, num_drafts=num_drafts)
+        self.weight, self.lookahead = checked["weight"], checked["num_drafts"]
+        self.model = _language_model(model)
+
+    def reset(  # noqa: D102, see CanvasProcessor
+        self, diffusion_model, canvas_mask, mask_token_id, temperature=None, generator=None, compile_config=None
+    ) -> None:
+        check_vocabulary(self.model, diffusion_model)
+        self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
+        self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
+        self.rows, self.forwards, self.seconds = torch.arange(len(canvas_mask)), [0] * len(canvas_mask), 0.0
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.reader.batch_select_indices(indices)
+        self.rows = self.rows[indices]
+
+    def __call__(self, input_ids, scores, positions, frontier, candidate) -> torch.Tensor:
+        started = time.perf_counter()
+        drafts, _ = draft(scores, self.mask_token_id, self.temperature, self.generator)
+        read = self.reader.read(input_ids, drafts, positions, frontier, candidate).float()
+        self.reader.check()  # the loop would find no token to write, and not know why
+        missing = scores.shape[-1] - read.shape[-1]  # cuts where negative
+        read = torch.nn.functional.pad(read, (0, missing), value=-torch.inf).log_softmax(-1)
+        read = read.clamp_min(torch.finfo(read.dtype).min)  # which no weight of 0 makes a NaN
+        mixed = self.weight * scores.log_softmax(-1) + (1 - self.weight) * read
+        for row in self.rows[candidate.any(1)].tolist():
+            self.forwards[row] += 1
+        self.seconds += time.perf_counter() - started
+        return mixed.masked_fill(scores == -torch.inf, -torch.inf)  # what a processor forbids stays forbidden
+
+    def statistics(self, total_seconds: float) -> dict:
+        """Counts of the call, per row of its batch, under the names of [`DiffusionGenerationOutput`]."""
+        return {"guider_forwards": torch.tensor(self.forwards), "guider_time_share": self.seconds / total_seconds}
+
+
 def _same_vocabulary(left, right) -> bool:
     """Whether two tokenizers give the same ids, but for a few tokens that one of them adds, such as a mask token."""
     left, right = left.get_vocab(), right.get_vocab()
@@ -299,6 +347,7 @@ _SETTINGS = {
     "beyond_prefix": (lambda value: isinstance(value, bool), "be True or False"),
     "gate": (_is_among("auto", None), "be 'auto' or None"),
     "cost_ratio": (_is_cost, "be a finite number of at least 0, or None"),
+    "weight": (_is_share, "lie between 0 and 1"),
 }
 
 

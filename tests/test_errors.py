@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, Generat
 from hf_flashdlm import ARGuider, DiffusionOptions, FreeCache
 from hf_flashdlm.compiling import CACHE_NAME
 from hf_flashdlm.generation_mixin import diffusion_generate
+from hf_flashdlm.guider import ProductMixture
 
 
 MASK = 511
@@ -453,6 +454,11 @@ def test_a_negative_prompt_of_padding_is_refused(tiny):
 def test_a_guider_refuses_what_it_cannot_be(options, message):
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         ARGuider(None, **options)
+
+
+def test_a_product_mixture_refuses_a_weight_that_is_none():
+    with pytest.raises(ValueError, match=r"^`weight` must lie between 0 and 1, got 1\.5\.$"):
+        ProductMixture(None, weight=1.5)
 
 
 def test_a_causal_model_is_refused():

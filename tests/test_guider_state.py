@@ -12,7 +12,7 @@ from cases import MASK, PROMPTS
 from guided_cases import FILLED
 from test_cache_name import Newer, Older, of_class
 
-from hf_flashdlm import ARGuider, CanvasProcessor
+from hf_flashdlm import ARGuider, ProductMixture
 from hf_flashdlm.compiling import cache_name, unwrapped
 
 
@@ -46,6 +46,13 @@ def test_a_setting_of_a_wrong_kind_is_refused_by_name(tiny, name):
             ARGuider(tiny("guider"), **{name: value})
 
 
+@pytest.mark.parametrize("name", ["weight", "num_drafts"])
+def test_a_product_mixture_refuses_them_too(tiny, name):
+    for value in NO_NUMBERS:
+        with pytest.raises(ValueError, match=f"^`{name}` must "):
+            ProductMixture(tiny("guider"), **{name: value})
+
+
 @pytest.mark.parametrize("settings", TAKEN, ids=str)
 def test_scalars_of_numpy_and_torch_are_the_numbers_that_they_hold(tiny, decode, settings):
     plain = {name: value.item() if hasattr(value, "item") else value for name, value in settings.items()}
@@ -67,8 +74,9 @@ def test_what_is_no_language_model_is_refused(model, got):
         f"`model` must be an autoregressive language model, got {got}: load one with "
         "`AutoModelForCausalLM.from_pretrained`."
     )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        ARGuider(model)
+    for kind in (ARGuider, ProductMixture):
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            kind(model)
 
 
 def test_a_guider_in_a_guider_and_a_wrong_tokenizer_are_refused(tiny, guider):
@@ -79,7 +87,7 @@ def test_a_guider_in_a_guider_and_a_wrong_tokenizer_are_refused(tiny, guider):
             ARGuider(tiny("guider"), **{name: 3, other: None})
 
 
-@pytest.mark.parametrize("kind", [ARGuider, CanvasProcessor])
+@pytest.mark.parametrize("kind", [ARGuider, ProductMixture])
 def test_a_class_in_place_of_a_guider_is_refused(tiny, decode, kind):
     message = f"`guider` must be an object, got the class {kind.__name__}: make one of it."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
@@ -116,7 +124,8 @@ def fill(output, value):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_guider_without_finite_logits_is_named(tiny, decode, value):
+@pytest.mark.parametrize("kind", [ARGuider, ProductMixture])
+def test_a_guider_without_finite_logits_is_named(tiny, decode, kind, value):
     broken = copy.deepcopy(tiny("guider"))
     broken.register_forward_hook(lambda _, args, output: fill(output, value))
     message = (
@@ -124,7 +133,7 @@ def test_a_guider_without_finite_logits_is_named(tiny, decode, value):
         "float32, and check its weights."
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        decode(tiny("dream_trained"), PROMPTS, guider=ARGuider(broken), **FILLED)
+        decode(tiny("dream_trained"), PROMPTS, guider=kind(broken), **FILLED)
 
 
 def test_a_guider_that_forbids_tokens_is_taken(tiny, decode):
@@ -132,6 +141,13 @@ def test_a_guider_that_forbids_tokens_is_taken(tiny, decode):
     strict.register_forward_hook(lambda _, args, output: fill(output, -torch.inf))
     output = decode(tiny("dream_trained"), PROMPTS, guider=ARGuider(strict), **FILLED)
     assert not (output.sequences == MASK).any()
+
+
+@pytest.mark.parametrize("weight", [0, 1])
+def test_a_mixture_of_all_or_nothing_is_one_of_the_two(tiny, decode, weight):
+    output = decode(tiny("dream_trained"), PROMPTS, guider=ProductMixture(tiny("guider"), weight=weight), **FILLED)
+    assert not (output.sequences == MASK).any()
+    assert output.guider_forwards.tolist() == output.nfe.tolist()
 
 
 # --- wrapped models --------------------------------------------------------------------------------------------------
