@@ -57,7 +57,7 @@ class SDARMoeConfig(_Blocks, Qwen3MoeConfig):
     """
 
     model_type = "sdar_moe"
-    # The original file counts the experts as `num_experts`, and a saved one must.
+    # The original file counts the experts as `num_experts`, and so must a saved file.
     attribute_map = {"attention_block_length": "block_size", "num_local_experts": "num_experts"}
 
     def __post_init__(self, **kwargs):

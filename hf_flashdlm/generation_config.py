@@ -24,7 +24,7 @@ DELIMITER_SHARE = 0.25  # of the generated region: the default of `delimiter_win
 
 WINDOW_POLICIES = ("freecache", "prefix", "dual", "dkv", "none")
 CONFIDENCES = ("probability", "margin", "entropy", "random", "position")
-SCHEDULES = ("uniform", "timesteps", "linear")
+SCHEDULES = ("uniform", "timesteps", "linear", "shift")
 BLOCKS = ("fixed", "whole", "adaptive")
 RULES = ("confidence_threshold", "factor", "frechet_delta", "entropy_bound")
 SCHEDULED = ("steps", "steps_per_block", "schedule")  # options that say how many tokens a step writes
@@ -63,7 +63,7 @@ METHOD_OPTIONS = (
     ),
     *("delimiter_threshold", "delimiter_window", "grow_canvas", "freeze_length", "freeze_lag", "left_margin"),
     *("right_window", "attend_stale", "refresh_blocks", "refresh_entropy", "refresh_steps", "run_empty_steps"),
-    *("first_token_alone", "editing_threshold", "max_post_steps"),
+    *("first_token_alone", "editing_threshold", "max_post_steps", "schedule_shift", "prefix_lm"),
     *RULES,
 )
 
@@ -127,9 +127,12 @@ class DiffusionOptions:
             number: a step that finds more tokens above the threshold writes them all (SDAR, LLaDA2.0).
         schedule (`str` or [`Schedule`], *optional*):
             How steps are spread: `"uniform"` as LLaDA does, which is the default with `steps`, `"timesteps"` as Dream
-            does, or `"linear"` as dllm does, see [`LinearSchedule`]. Without `steps` there are as many steps as
+            does, `"linear"` as dllm does, see [`LinearSchedule`], or `"shift"` as LaViDa does, see [`ShiftSchedule`].
+            Without `steps` there are as many steps as
             tokens.
         eps (`float`, *optional*, defaults to 1e-3): Last timestep of the `"timesteps"` schedule.
+        schedule_shift (`float`, *optional*, defaults to 3.0):
+            Of the `"shift"` schedule: below 1, more is written at the first steps than at the last.
         run_empty_steps (`bool`, *optional*, defaults to `False`):
             Whether steps of the `"timesteps"` schedule that write nothing are run, as Dream does.
         confidence (`str` or [`Confidence`], *optional*, defaults to `"probability"`):
@@ -144,6 +147,12 @@ class DiffusionOptions:
         entropy_bound (`float`, *optional*): Rule of the EB-Sampler, see [`EntropyBound`]; implies
             `confidence="entropy"`.
         unmasking_rule ([`UnmaskingRule`], *optional*): The caller's own rule, instead of the four above.
+        prefix_lm (`bool`, *optional*, defaults to `False`):
+            Whether the prompt does not see the answer: it is computed once, by itself, and its states serve every step
+            (LaViDa). An approximation, unless the weights were trained for it; combines with every window policy.
+        prompt_tail (`int`, *optional*, defaults to 0):
+            With `prefix_lm`, the number of last tokens of the prompt that are computed with the answer: the beginning
+            of an answer, for instance.
         editing_threshold (`float`, *optional*):
             Tokens of the current block are written anew where the model is surer than this of another one
             (LLaDA2.1), see [`TokenEditing`]. By default what is written stays.
@@ -190,6 +199,7 @@ class DiffusionOptions:
     steps_per_block: int | None = None
     schedule: Any = None
     eps: float = 1e-3
+    schedule_shift: float = 3.0
     run_empty_steps: bool = False
     confidence: Any = "probability"
     position_temperature: float = 0.0
@@ -198,6 +208,8 @@ class DiffusionOptions:
     frechet_delta: float | None = None
     entropy_bound: float | None = None
     unmasking_rule: Any = None
+    prefix_lm: bool = False
+    prompt_tail: int = 0
     editing_threshold: float | None = None
     max_post_steps: int = 16
     first_token_alone: bool = False
@@ -222,14 +234,17 @@ class DiffusionOptions:
             *("delimiter_window", "steps_per_block"),
         ):
             self._check_number(name, int, 1)
-        for name in ("freeze_lag", "left_margin", "mask_token_id", "max_post_steps"):
+        for name in ("freeze_lag", "left_margin", "mask_token_id", "max_post_steps", "prompt_tail"):
             self._check_number(name, int, 0)
-        for name in ("position_temperature", "factor", "frechet_delta", "entropy_bound", "refresh_entropy"):
+        for name in (
+            *("position_temperature", "factor", "frechet_delta", "entropy_bound", "refresh_entropy"),
+            "schedule_shift",
+        ):
             self._check_number(name, float, 0)
         for name in ("eps", "confidence_threshold", "frechet_delta", "delimiter_threshold", "editing_threshold"):
             self._check_number(name, float, 0, 1)
         switches = ("run_empty_steps", "attend_stale", "grow_canvas", "stop_at_eos", "synchronize_blocks")
-        for name in (*switches, "first_token_alone"):
+        for name in (*switches, "first_token_alone", "prefix_lm"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (name != "synchronize_blocks" or value is not None):
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")
@@ -271,6 +286,12 @@ class DiffusionOptions:
             )
         if len(rules) > 1:
             raise ValueError(f"`{rules[0]}` and `{rules[1]}` are rules for the same thing: pass one of them.")
+        if self.schedule_shift <= 0:
+            raise ValueError(f"`schedule_shift` must be a number above 0, got {self.schedule_shift!r}.")
+        if self.prompt_tail and not self.prefix_lm:
+            raise ValueError(
+                f"`prompt_tail` belongs to prefix_lm=True, got {self.prompt_tail} and prefix_lm=False: drop it."
+            )
         if self.run_empty_steps and self.schedule != "timesteps":
             raise ValueError(
                 f"`run_empty_steps` belongs to schedule='timesteps', got schedule={self.schedule!r}: drop it."

@@ -15,6 +15,7 @@ from transformers import Cache, GenerationConfig
 from .block_causal import for_backend
 from .compiling import CACHE_NAME, device_of
 from .generation_config import DiffusionOptions
+from .images import Images
 
 
 LONGEST_CANVAS = 2**22  # positions of a row, where the model names no limit of its own
@@ -32,6 +33,8 @@ class Canvas:
     mask: torch.Tensor  # (B, L) 0 where the canvas holds padding
     block_origins: list[int]  # the column of each row that blocks are counted from
     attention_block_length: int | None  # that of a model with block-causal attention
+    prefix_length: int = 0  # this many positions are computed once, by themselves
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -214,16 +217,55 @@ def lay_out(model, input_ids: torch.Tensor, prompt_mask, guidance, max_length: i
     return Layout(ids, mask, negative, negative_mask)
 
 
-def make_canvas(model, layout: Layout, num_new: int, mask_token_id: int, pad_token_id: int) -> Canvas:
+def find_images(model, layout: Layout, model_kwargs: dict, guider) -> Images | None:
+    r"""
+    The images of the prompts, which Transformers has embedded before.
+
+    Raises:
+        ValueError: If there are other image tokens than embeddings, or a guider, which reads text alone.
+    """
+    image_token_id = getattr(model.config, "image_token_id", None)
+    outputs = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if image_token_id is None and outputs is None:
+        return None
+    if image_token_id is None:
+        raise ValueError(
+            "`image_token_id` must be the id that stands for images in `input_ids`, got None: set it in "
+            "`model.config` to that of the processor."
+        )
+    is_image = (layout.input_ids == image_token_id) & layout.prompt_mask.bool()
+    if outputs is None:
+        if is_image.any():
+            raise ValueError(
+                f"`pixel_values` must be given for the {int(is_image.sum())} image tokens {image_token_id} in "
+                "`input_ids`: pass all that the processor returns."
+            )
+        return None
+    if guider is not None:
+        raise ValueError("`guider` reads text alone, got a prompt with images: drop one of them.")
+    return Images.of(list(outputs.pooler_output), layout.input_ids, is_image)
+
+
+def make_canvas(  # noqa: PLR0913, what a canvas is made of
+    model,
+    options: DiffusionOptions,
+    layout: Layout,
+    num_new: int,
+    mask_token_id: int,
+    pad_token_id: int,
+    images: Images | None = None,
+) -> Canvas:
     r"""
     Put masks after the prompts: `num_new` of them, or where attention blocks are counted from the start of a row as
     many as fill its last block, which the model was trained to see whole.
 
     Args:
         model (`PreTrainedModel`): The diffusion model.
+        options ([`DiffusionOptions`]): Checked options.
         layout ([`Layout`]): The prompts.
         num_new (`int`): Length of the generated region.
         mask_token_id (`int`): The mask token.
+        images ([`Images`], *optional*): Those of the prompts.
         pad_token_id (`int`): Stands after the last block of a row that is shorter than others.
     """
     prompt_length = layout.input_ids.shape[1]
@@ -237,7 +279,9 @@ def make_canvas(model, layout: Layout, num_new: int, mask_token_id: int, pad_tok
     ids = pad(layout.input_ids, (0, max(stops) - prompt_length), value=mask_token_id)
     for row, stop in zip(ids, stops, strict=True):
         row[stop:] = pad_token_id
-    return Canvas(ids, pad(layout.prompt_mask, (0, max(stops) - prompt_length), value=1), origins, length)
+    mask = pad(layout.prompt_mask, (0, max(stops) - prompt_length), value=1)
+    prefix_length = _prefix_length(model, options, layout, mask_token_id) if options.prefix_lm else 0
+    return Canvas(ids, mask, origins, length, prefix_length, images)
 
 
 def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None:
@@ -273,6 +317,27 @@ def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None
             f"`negative_prompt_ids` must be as long as the prompt of their row for {name}, so that blocks coincide: "
             "pass others, or none."
         )
+
+
+def _prefix_length(model, options: DiffusionOptions, layout: Layout, mask_token_id: int) -> int:
+    """How many positions `prefix_lm` computes by themselves; refuses what cannot be."""
+    length = layout.input_ids.shape[1] - options.prompt_tail
+    if getattr(model.config.get_text_config(), "attention_block_length", None) is not None:
+        raise ValueError(
+            f"`prefix_lm` must be False for a {type(model).__name__}, whose prompt does not see later blocks anyway, "
+            "got True: drop it."
+        )
+    if length < 1 or not layout.prompt_mask[:, length - 1].all():
+        raise ValueError(
+            "`prompt_tail` must be shorter than each prompt, the shortest of which has "
+            f"{int(layout.prompt_mask.sum(1).min())} tokens, got {options.prompt_tail}: lower it."
+        )
+    if (layout.input_ids[:, :length] == mask_token_id).any():
+        raise ValueError(
+            f"`prefix_lm` computes the first {length} positions before anything is written, got mask tokens among "
+            "them: drop it, or raise `prompt_tail`."
+        )
+    return length
 
 
 def _check_exact(options: DiffusionOptions, length: int, name: str) -> None:

@@ -38,6 +38,7 @@ from .generation_inputs import (
     check_inputs,
     check_numbers,
     check_prompt,
+    find_images,
     lay_out,
     make_canvas,
     mask_token_id_of,
@@ -165,7 +166,15 @@ class FlashDLMGenerationMixin(_Model):
     def save_pretrained(self, *args, **kwargs):
         """[`~transformers.PreTrainedModel.save_pretrained`], but for a generation config that holds objects."""
         _refuse_saved_objects(self.generation_config)
+        _own_options(self.generation_config)
         return super().save_pretrained(*args, **kwargs)
+
+    def adjust_generation_fn(self, generation_config, *args, **kwargs):
+        """What `from_pretrained` makes the generation config with, which may hold our options from then on."""
+        generation_config = copy.copy(generation_config)
+        _own_options(generation_config)
+        super().adjust_generation_fn(generation_config, *args, **kwargs)
+        _own_options(self.generation_config)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """Hook 3 of 5: the inputs are checked before anything is done with them."""
@@ -174,7 +183,8 @@ class FlashDLMGenerationMixin(_Model):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hook 4 of 5: the cache is a FreeCache, or none."""
-        if DiffusionOptions.read(generation_config).window_policy == "none":
+        options = DiffusionOptions.read(generation_config)
+        if options.window_policy == "none" and not options.prefix_lm:
             model_kwargs[CACHE_NAME] = None
         elif model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = FreeCache()
@@ -214,7 +224,8 @@ class FlashDLMGenerationMixin(_Model):
         check_prompt(self, layout, mask_token_id, max_length)
         check_block_causal(self, options, layout)
         pad_token_id = _pad_token_id(generation_config)
-        canvas = make_canvas(self, layout, num_new, mask_token_id, pad_token_id)
+        images = find_images(self, layout, model_kwargs, guider)
+        canvas = make_canvas(self, options, layout, num_new, mask_token_id, pad_token_id, images)
         # 2. The parts.
         guider = _guider(guider, options)
         prompt_length = layout.input_ids.shape[1]
@@ -264,6 +275,12 @@ def _refuse_saved_objects(generation_config) -> None:
                 f"`{name}` must be a string in a generation config, which is saved as JSON, got an object of "
                 f"{type(value).__name__}: pass the object to `generate`."
             )
+
+
+def _own_options(generation_config: GenerationConfig | None) -> None:
+    """Take off the mark of a derived generation config: Transformers reads a file that has it without our options."""
+    if generation_config is not None:
+        generation_config._from_model_config = False
 
 
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
@@ -411,7 +428,8 @@ def _denoiser(  # noqa: PLR0913, what a call is made of
         if canvas.attention_block_length is not None:
             origins = num_halves * canvas.block_origins
             blocks = AttentionBlocks(canvas.attention_block_length, origins, canvas_mask)
-        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks)
+        images = canvas.images if canvas.images is None or num_halves == 1 else canvas.images.with_rows_without()
+        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks, canvas.prefix_length, images)
 
     if guidance is None:
         return of(canvas.mask, 1)

@@ -18,6 +18,7 @@ from .schedule import (
     LinearSchedule,
     MinimumSchedule,
     Schedule,
+    ShiftSchedule,
     TimestepSchedule,
     UniformSchedule,
     split_steps,
@@ -116,6 +117,11 @@ def _schedule(
     if options.schedule == "linear":
         given = block_length if options.steps is None else -(-options.steps // num_blocks)
         return LinearSchedule(options.steps_per_block or given)
+    if options.schedule == "shift":
+        steps = (options.steps_per_block or block_length,)
+        if options.steps is not None:
+            steps = split_steps(options.steps, num_blocks)
+        return ShiftSchedule(steps, options.schedule_shift)
     if options.steps_per_block is not None:
         return BlockSchedule(block_length, options.steps_per_block)
     if has_attention_blocks and options.steps is None and options.schedule == "uniform":

@@ -107,6 +107,44 @@ class LinearSchedule:
 
 
 @dataclass(frozen=True)
+class ShiftSchedule:
+    r"""
+    LaViDa's schedule (https://arxiv.org/abs/2505.16839, section 3.4): after a share t of a block's steps a share
+    1 - s(1 - t) of its masked positions is written, s(t) = shift t / (1 + (shift - 1) t), at least one at each step.
+    With a shift below 1 much is written at first, with one above 1 at last; with 1 the same at each step.
+
+    Args:
+        steps (`tuple[int, ...]`): Denoising steps of each block; the last number holds for all further ones.
+        shift (`float`): The shift.
+    """
+
+    steps: tuple[int, ...]
+    shift: float = 3.0
+
+    def __call__(self, row) -> tuple[int, int]:
+        """See [`Schedule`]."""
+        steps = self.steps[min(row.block_index, len(self.steps) - 1)]
+        quotas = self._quotas(row.block_masked, min(steps, row.block_masked))
+        # After its last step a block has masks left only if a narrow window hid them: write them at once.
+        return quotas[row.step] if row.step < len(quotas) else max(row.block_masked, 1), row.step + 1
+
+    def share(self, times: torch.Tensor) -> torch.Tensor:
+        """s of the times t, numbers from 0 to 1. A subclass with another s has another schedule."""
+        return self.shift * times / (1 + (self.shift - 1) * times)
+
+    def _quotas(self, masked: int, steps: int) -> list[int]:
+        times = torch.arange(steps + 1, dtype=torch.float32) / max(steps, 1)  # float32 is part of the schedule
+        written = (self.share(times) * masked).long()
+        written[-1] = masked  # which a share of 1 may miss in float32
+        quotas = written.diff().clamp_min(1).tolist()
+        step = 0
+        while sum(quotas) > masked:  # what the minimum of one has added is taken from the steps with more, in turn
+            quotas[step] -= quotas[step] > 1
+            step = (step + 1) % steps
+        return quotas[::-1]
+
+
+@dataclass(frozen=True)
 class TimestepSchedule:
     r"""
     Dream's schedule (`diffusion_generate`, https://github.com/DreamLM/Dream): with timesteps

@@ -87,7 +87,7 @@ def processor(name, **options):
 REFUSALS = {
     # Options of Transformers that make no sense for a canvas.
     **{
-        f"host-{name}": meaningless(name, value)
+        f"transformers-{name}": meaningless(name, value)
         for name, value in {
             "num_beams": 2,
             "output_scores": True,
@@ -110,7 +110,7 @@ REFUSALS = {
         "WatermarkLogitsProcessor", watermarking_config=dict(greenlist_ratio=0.25, bias=2.0)
     ),
     # The cache.
-    "cache-of-the-host": Refusal(
+    "cache-of-transformers": Refusal(
         f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a DynamicCache of 0 tokens: drop it, or `reset` it.",
         dict(cache=DynamicCache),
     ),
@@ -274,12 +274,12 @@ REFUSALS = {
     },
     **{
         f"{name}-{value}": number(name, "an integer", "of at least 0", value)
-        for name in ("freeze_lag", "left_margin", "mask_token_id")
+        for name in ("freeze_lag", "left_margin", "mask_token_id", "prompt_tail")
         for value in (-1, 1.5)
     },
     **{
         f"{name}-{value}": number(name, "a number", "of at least 0", value)
-        for name in ("position_temperature", "factor", "entropy_bound", "refresh_entropy")
+        for name in ("position_temperature", "factor", "entropy_bound", "refresh_entropy", "schedule_shift")
         for value in (-0.1, "high")
     },
     **{
@@ -292,7 +292,31 @@ REFUSALS = {
     "confidence": choice(
         "confidence", "probability, margin, entropy, random, position", "Confidence", "low_confidence"
     ),
-    "schedule": choice("schedule", "uniform, timesteps, linear", "Schedule", "cosine"),
+    "schedule": choice("schedule", "uniform, timesteps, linear, shift", "Schedule", "cosine"),
+    "schedule_shift-0": Refusal("`schedule_shift` must be a number above 0, got 0.", dict(schedule_shift=0)),
+    # A prompt that is computed by itself.
+    "prompt-tail-alone": Refusal(
+        "`prompt_tail` belongs to prefix_lm=True, got 2 and prefix_lm=False: drop it.", dict(prompt_tail=2)
+    ),
+    **{
+        f"prompt-tail-{value}": Refusal(
+            "`prompt_tail` must be shorter than each prompt, the shortest of which has 4 tokens, got "
+            f"{value}: lower it.",
+            dict(prefix_lm=True, prompt_tail=value),
+        )
+        for value in (4, 9)
+    },
+    "prompt-tail-of-an-uneven-batch": Refusal(
+        "`prompt_tail` must be shorter than each prompt, the shortest of which has 2 tokens, got 2: lower it.",
+        dict(prefix_lm=True, prompt_tail=2, attention_mask=lambda: torch.tensor([[1, 1, 1], [0, 1, 1]])),
+        prompt=[[5, 6, 7], [0, 5, 6]],
+    ),
+    "prefix-of-masks": Refusal(
+        "`prefix_lm` computes the first 3 positions before anything is written, got mask tokens among them: drop it, "
+        "or raise `prompt_tail`.",
+        dict(prefix_lm=True, prompt_tail=1),
+        prompt=[[5, MASK, 200, MASK]],
+    ),
     # Options of other window policies.
     **{
         f"{name}-of-freecache": belongs(name, "'freecache'", value, "dual")

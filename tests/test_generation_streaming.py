@@ -81,13 +81,13 @@ def test_a_streamer_that_shows_the_canvas_gets_all_rows(tiny, decode, negative):
     assert streamer.ended and len(streamer.pieces) == 1
 
 
-def test_a_streamer_of_the_host_takes_one_row_only(tiny, decode, tokenizer):
+def test_a_streamer_of_transformers_takes_one_row_only(tiny, decode, tokenizer):
     with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
         decode(tiny("llada"), PROMPTS, max_new_tokens=4, streamer=TextStreamer(tokenizer))
 
 
 @pytest.mark.parametrize("kind", [TextStreamer, TextDiffusionStreamer])
-def test_the_streamers_of_the_host_print_the_text(tiny, decode, tokenizer, capsys, kind):
+def test_the_streamers_of_transformers_print_the_text(tiny, decode, tokenizer, capsys, kind):
     output = decode(tiny("llada"), [PROMPT], **PLAIN, streamer=kind(tokenizer, skip_prompt=True))
     printed = capsys.readouterr().out
     text = spell(generated(output))

@@ -231,6 +231,7 @@ OTHER_THAN_DEFAULT = [
     {"method": "fast-dllm-dual"},
     {"steps_per_block": 4, "editing_threshold": 0.5, "max_post_steps": 3, "first_token_alone": True},
     {"blocks": "adaptive", "delimiter_token_ids": [3], "delimiter_threshold": 0.5, "delimiter_window": 8},
+    {"schedule": "shift", "schedule_shift": 0.5, "prefix_lm": True, "prompt_tail": 2},
 ]
 
 
@@ -274,7 +275,7 @@ def test_an_option_is_documented_with_its_default(name):
         assert said == ("1e-3" if default == 1e-3 else str(default))
 
 
-def test_no_option_clashes_with_one_of_the_hosts():
+def test_no_option_clashes_with_one_of_transformers():
     assert not set(DiffusionOptions.names()) & set(vars(GenerationConfig()))
 
 

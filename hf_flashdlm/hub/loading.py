@@ -97,8 +97,8 @@ def bounded(seconds: float | None = None, memory: int = BYTES) -> Iterator[None]
 @contextmanager
 def refusing(sentence: str) -> Iterator[None]:
     """
-    Turn whatever a library raises at a file into a `ValueError`: `sentence` and what is wrong. Files can be broken in
-    so many ways that libraries raise all kinds of errors at them.
+    Turn whatever a library raises at a file into a `ValueError`: `sentence` and what is wrong. Which errors libraries
+    raise depends on how the file is broken, so this catches all.
     """
     try:
         yield

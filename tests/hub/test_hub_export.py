@@ -73,7 +73,7 @@ def test_weights_names_and_options_are_kept(exported):
     assert not list(exported[CODE].glob("*.safetensors"))
 
 
-def test_options_survive_a_config_that_the_host_derived(tmp_path):
+def test_options_survive_a_config_that_transformers_derived(tmp_path):
     source = shutil.copytree(TINY / "dlm", tmp_path / "source")
     derived = {"_from_model_config": True, "block_length": 4, "eos_token_id": 0}
     (source / "generation_config.json").write_text(json.dumps(derived))
@@ -108,7 +108,7 @@ def test_the_tokenizer_of_dream_is_saved_as_qwen2s(tmp_path):
     assert "auto_map" not in saved and saved["padding_side"] == "left"
 
 
-def test_the_host_reads_the_requirements(exported, monkeypatch):
+def test_transformers_reads_the_requirements(exported, monkeypatch):
     check_python_requirements(exported[STRATEGY], "custom_generate/requirements.txt")
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: {"torch": "2.6", "transformers": "5.17.0"}[name])

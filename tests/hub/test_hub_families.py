@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 import hf_flashdlm
 from hf_flashdlm.hub.export import export_code, export_guider, export_model
 from hf_flashdlm.hub.loading import MODELS
-from hf_flashdlm.hub.push import list_files, push
+from hf_flashdlm.hub.upload import list_files, push
 
 
 # Warnings of the client itself when it sends a large file.
