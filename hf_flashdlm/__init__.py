@@ -5,7 +5,14 @@ Importing the package registers its model classes with the Auto classes.
 
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+)
 
 from .block_causal import make_block_causal
 from .blocks import AdaptiveBlocks, BlockPolicy, FixedBlocks
@@ -14,6 +21,7 @@ from .canvas_processors import CanvasProcessor
 from .configuration_a2d import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config
 from .configuration_dream import DreamConfig
 from .configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
+from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig
 from .configuration_llada import LLaDAConfig
 from .configuration_llada2 import LLaDA2MoeConfig
 from .configuration_llada_moe import LLaDAMoEConfig
@@ -25,10 +33,12 @@ from .generation_config import DiffusionOptions
 from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider
+from .log_likelihood import LogLikelihoodOutput, log_likelihood, perplexity
 from .methods import METHODS
 from .modeling_a2d import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .modeling_dream import DreamModel
 from .modeling_fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
+from .modeling_lavida import LlavaDreamForMaskedDiffusion, LlavaLladaForMaskedDiffusion
 from .modeling_llada import LLaDAModelLM
 from .modeling_llada2 import LLaDA2MoeModelLM
 from .modeling_llada_moe import LLaDAMoEModelLM
@@ -78,6 +88,11 @@ __all__ = [
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
+    "LavidaDreamConfig",
+    "LavidaLLaDAConfig",
+    "LlavaDreamForMaskedDiffusion",
+    "LlavaLladaForMaskedDiffusion",
+    "LogLikelihoodOutput",
     "MostConfident",
     "OpenDCoderConfig",
     "OpenDCoderModel",
@@ -91,8 +106,10 @@ __all__ = [
     "WindowPolicy",
     "__version__",
     "diffusion_generate",
+    "log_likelihood",
     "make_bidirectional",
     "make_block_causal",
+    "perplexity",
 ]
 
 _MODELS: dict[Any, type] = {
@@ -105,9 +122,18 @@ _MODELS: dict[Any, type] = {
     A2DLlamaConfig: A2DLlamaLMHeadModel,
     Fast_dLLM_QwenConfig: Fast_dLLM_QwenForCausalLM,
     LLaDA2MoeConfig: LLaDA2MoeModelLM,
+    OpenDCoderConfig: OpenDCoderModel,
 }
-# Their `model_type` is another's: LLaDA's configuration makes that of LLaDA-MoE, and Open-dCoder has to be named.
-_SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM, OpenDCoderConfig: OpenDCoderModel}
+_VISION: dict[Any, type] = {
+    LavidaLLaDAConfig: LlavaLladaForMaskedDiffusion,
+    LavidaDreamConfig: LlavaDreamForMaskedDiffusion,
+}
+# LLaDA's configuration makes it, by the same `model_type`.
+_SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM}
+for _config, _model in _VISION.items():
+    AutoConfig.register(_config.model_type, _config)
+    for _auto in (AutoModel, AutoModelForImageTextToText):
+        _auto.register(_config, _model)
 for _config in (*_MODELS, *REFUSED):
     AutoConfig.register(_config.model_type, _config)
 for _config, _model in (_MODELS | _SHARED).items():

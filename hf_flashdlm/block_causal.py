@@ -1,7 +1,8 @@
 """Block-causal attention: a position sees its own block and the blocks before it.
 
 Owns which positions belong to which attention block, the mask that follows from it, and how a model of Transformers is
-given it. Knows nothing of steps, of what caches hold, or where a step may write.
+given it: by a hook for forwards of its own, by the denoiser in a decode. Knows nothing of steps, of what caches hold,
+or where a step may write.
 
 Shapes: B batch, T positions fed to a forward, K keys attended to.
 """
@@ -56,6 +57,58 @@ def make_block_causal(model: PreTrainedModel, block_length: int, origin: str = "
     if _mask_blocks not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_mask_blocks, with_kwargs=True)
     return model
+
+
+class AttentionBlocks:
+    r"""
+    The attention blocks of a canvas.
+
+    Args:
+        block_length (`int`): Length of a block.
+        origins (`list[int]`): The column of each row that blocks are counted from, in both directions.
+        canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas holds padding.
+    """
+
+    def __init__(self, block_length: int, origins: list[int], canvas_mask: torch.Tensor):
+        self.block_length, self.origins = block_length, origins
+        columns = torch.arange(canvas_mask.shape[1], device=canvas_mask.device)
+        blocks = (columns - torch.tensor(origins, device=canvas_mask.device)[:, None]) // block_length
+        self.blocks = blocks.masked_fill(canvas_mask == 0, _PADDING)
+        self.has_padding = (canvas_mask == 0).any(1).tolist()
+
+    def sees_all(self, lows: list[int], attended: list[int]) -> bool:
+        """Whether every query of the rows, which begin at `lows`, sees all keys before `attended`."""
+        rows = zip(lows, attended, self.origins, self.has_padding, strict=True)
+        length = self.block_length
+        return len(set(attended)) == 1 and not any(
+            padded or (low - origin) // length != (stop - 1 - origin) // length for low, stop, origin, padded in rows
+        )
+
+    def mask(self, feed, attended: list[int], num_keys: int) -> torch.Tensor:
+        r"""
+        Which keys each query sees.
+
+        Args:
+            feed (`slice` or `torch.LongTensor` of shape `(batch_size, T)`): The columns that are fed.
+            attended (`list[int]`): The queries of each row see the keys before it.
+            num_keys (`int`): Number of keys.
+
+        Returns:
+            `torch.BoolTensor` of shape `(batch_size, 1, T, num_keys)`.
+        """
+        queries = self.blocks[:, feed] if isinstance(feed, slice) else self.blocks.gather(1, feed)
+        visible = block_causal_mask(queries, self.blocks[:, :num_keys])
+        if min(attended) < num_keys:
+            stops = torch.tensor(attended, device=visible.device)[:, None, None, None]
+            visible &= torch.arange(num_keys, device=visible.device) < stops
+        return visible
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows `indices` (on the CPU) of the batch."""
+        self.blocks = self.blocks[indices.to(self.blocks.device)]
+        self.origins, self.has_padding = (
+            [numbers[index] for index in indices.tolist()] for numbers in (self.origins, self.has_padding)
+        )
 
 
 def block_causal_mask(query_blocks: torch.Tensor, key_blocks: torch.Tensor) -> torch.Tensor:

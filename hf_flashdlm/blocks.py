@@ -45,7 +45,8 @@ class BlockPolicy(Protocol):
 @dataclass(frozen=True)
 class FixedBlocks:
     r"""
-    Blocks of the same length; the last block may be cut by the end of the canvas.
+    Blocks of the same length, counted from `row.block_origin` on, so that a row may begin within one; the last block
+    may be cut by the end of the canvas.
 
     Args:
         block_length (`int`): Length of a block.
@@ -54,7 +55,7 @@ class FixedBlocks:
     block_length: int
 
     def stop(self, row) -> int:
-        return row.block_start + self.block_length
+        return row.block_start + self.block_length - (row.block_start - row.block_origin) % self.block_length
 
     def cut(self, drafts: Drafts, row) -> int:
         return row.block_stop
@@ -104,11 +105,14 @@ class Blocks:
         lookahead (`int`, *optional*):
             If set, the candidates are the next `lookahead` positions from the frontier on, across block borders.
         synchronous (`bool`): Rows that have finished a block wait for the others before they enter the next.
+        lone_multiple (`int`, *optional*):
+            A position that is a multiple of this from `row.block_origin` on is written alone while it is the frontier.
     """
 
     policy: BlockPolicy
     lookahead: int | None = None
     synchronous: bool = False
+    lone_multiple: int | None = None
 
     def enter(self, rows: list) -> None:
         """Let the rows ([`Row`]) whose frontier has left their block enter the block that holds the frontier."""
@@ -120,7 +124,7 @@ class Blocks:
     def _enter(self, row) -> None:
         row.block_start = max(row.block_stop, row.prompt_length)
         row.block_index += 1
-        row.block_nfe = row.step = 0
+        row.block_nfe = row.block_checks = row.step = 0
         self._end(row, min(self.policy.stop(row), len(row.masked)))
 
     def _end(self, row, stop: int) -> None:
@@ -150,9 +154,12 @@ class Blocks:
         # Rows near the end of the canvas start earlier: positions before their frontier are no candidates.
         starts = [min(row.frontier, len(row.masked) - count) for row in rows]
         candidate = [
-            row.masked[start:stop].ljust(count, b"\0") for row, start, stop in zip(rows, starts, stops, strict=True)
+            row.open[start:stop].ljust(count, b"\0") for row, start, stop in zip(rows, starts, stops, strict=True)
         ]
         return [range(start, start + count) for start in starts], candidate
 
     def _stop(self, row) -> int:
+        if self.lone_multiple is not None and (row.frontier - row.block_origin) % self.lone_multiple == 0:
+            if row.masked[row.frontier]:
+                return row.frontier + 1
         return row.block_stop if self.lookahead is None else row.frontier + self.lookahead

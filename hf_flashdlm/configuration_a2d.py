@@ -32,6 +32,8 @@ class A2DConfig(DiffusionConfig):
     def __post_init__(self, **kwargs):
         if self.attention_block_length is None and "bd3lm" in repository_name(kwargs.get("name_or_path", "")).lower():
             self.attention_block_length = 32
+        if self.recommended_method is None and self.attention_block_length is not None:
+            self.recommended_method = "bd3lm"
         super().__post_init__(**kwargs)
 
 

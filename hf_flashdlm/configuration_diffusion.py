@@ -10,6 +10,8 @@ from typing import ClassVar, cast
 from transformers import PreTrainedConfig
 from transformers.utils.versions import require_version
 
+from .methods import METHODS
+
 
 require_version("transformers>=5.18", "hf_flashdlm needs it: `pip install -U transformers`.")
 
@@ -49,6 +51,9 @@ class DiffusionConfig(PreTrainedConfig):
             The logits at position i score the token at position i + `logits_shift`.
         attention_block_origin (`str`, *optional*, defaults to `"row"`):
             Where attention blocks are counted from, see [`make_block_causal`].
+        recommended_method (`str`, *optional*):
+            The named method whose settings `generate` uses where the caller gives none. Defaults to that of the
+            model's authors, where they recommend one.
 
     Raises:
         ValueError: If the fields contradict each other or ask for another kind of attention.
@@ -62,6 +67,7 @@ class DiffusionConfig(PreTrainedConfig):
     is_causal: bool = False
     logits_shift: int = 0
     attention_block_origin: str = "row"
+    recommended_method: str | None = None
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
@@ -96,6 +102,10 @@ class DiffusionConfig(PreTrainedConfig):
             name = self.attribute_map.get("attention_block_length", "attention_block_length")
             check_block_length(name, self.attention_block_length)
         check_block_origin("attention_block_origin", self.attention_block_origin)
+        if self.recommended_method not in (None, *METHODS):
+            raise ValueError(
+                f"`recommended_method` must be one of {', '.join(METHODS)}, got {self.recommended_method!r}."
+            )
 
     def require(self, values: dict) -> None:
         """Refuse fields that ask for what no released checkpoint has and the model class does not compute."""

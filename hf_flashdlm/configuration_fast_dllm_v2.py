@@ -32,6 +32,7 @@ class Fast_dLLM_QwenConfig(DiffusionConfig, Qwen2Config):
 
     bd_size: int = 32
     logits_shift: int = 1
+    recommended_method: str | None = "fast-dllm-v2"
 
 
 __all__ = ["Fast_dLLM_QwenConfig"]

@@ -7,7 +7,7 @@ checkpoint uses. Knows nothing of generation settings or tokenizers.
 from transformers import Glm4MoeConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_diffusion import DiffusionConfig
+from .configuration_diffusion import DiffusionConfig, repository_name
 
 
 # The original code can build other architectures out of the same fields; every released LLaDA2 has these values.
@@ -178,6 +178,10 @@ class LLaDA2MoeConfig(DiffusionConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.eos_token_id is None:
             self.eos_token_id = self.pad_token_id
+        if self.recommended_method is None:
+            # Nothing but its name tells a checkpoint that edits its tokens from one that does not.
+            edits = "llada2.1" in repository_name(kwargs.get("name_or_path", "")).lower()
+            self.recommended_method = "llada2.1" if edits else "llada2"
         super().__post_init__(**kwargs)
         self.partial_rotary_factor = self.rope_parameters["partial_rotary_factor"]
         if self.rotary_dim is None:

@@ -149,6 +149,16 @@ class LLaDAMoEConfig(DiffusionConfig):
         self.require(IMPLEMENTED)
         self._check_sizes()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As of Transformers; refuses a file of the dense LLaDA, which has the same `model_type`."""
+        if not {"num_experts", "num_local_experts"} & config_dict.keys():
+            raise ValueError(
+                "`num_experts` must be given for a LLaDA-MoE, got a config.json without it: load a dense LLaDA with "
+                "`LLaDAModelLM` or `AutoModelForCausalLM`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def mlp_only_layers(self) -> list[int]:
         """The layers without experts, as Qwen3-MoE asks for them."""

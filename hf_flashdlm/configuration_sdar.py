@@ -16,6 +16,7 @@ class _Blocks(DiffusionConfig):
     released_mask_token_id = 151669
 
     block_size: int | None = None
+    recommended_method: str | None = "sdar"
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs):

@@ -6,6 +6,7 @@ Knows nothing of blocks, policies, or how tokens are chosen.
 """
 
 import inspect
+from dataclasses import replace
 
 import torch
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -13,8 +14,10 @@ from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .block_causal import AttentionBlocks, for_backend
 from .cache import FreeCache
 from .compiling import CompiledForward
+from .images import Images
 from .windows import Window
 
 
@@ -68,11 +71,24 @@ class Denoiser:
         compile_config (`CompileConfig`, *optional*):
             Compile the forward, as Transformers does, for static shapes: windows are filled up with copies of their
             last position, queries see all keys through a mask. The first forward, which makes the buffers, is eager.
+        attention_blocks ([`AttentionBlocks`], *optional*):
+            Those of a model with block-causal attention; without them a query sees all keys.
+        images ([`Images`], *optional*): Embeddings that stand in the prompts.
+        prefix_length (`int`): This many positions, which hold no masks, are computed once, by themselves.
     """
 
-    def __init__(
-        self, model, canvas_mask: torch.Tensor, cache: FreeCache | None, logits_shift: int, compile_config=None
+    def __init__(  # noqa: PLR0913, what a forward depends on
+        self,
+        model,
+        canvas_mask: torch.Tensor,
+        cache: FreeCache | None,
+        logits_shift: int,
+        compile_config=None,
+        attention_blocks: AttentionBlocks | None = None,
+        prefix_length: int = 0,
+        images: Images | None = None,
     ):
+        self.model, self.attention_blocks, self.images = model, attention_blocks, images
         self.forward = CompiledForward(model, compile_config)
         self.is_static = compile_config is not None
         self.backend = attention_backend(model)
@@ -82,6 +98,8 @@ class Denoiser:
         self.padded = not bool(canvas_mask.all())
         self.canvas_mask = canvas_mask
         self.position_ids = (canvas_mask.cumsum(1) - 1).clamp_min(0)
+        self.prefix_length = prefix_length
+        self.prefix_logits: torch.Tensor | None = None  # (B, 1, V): the scores of the first position after the prefix
 
     def __call__(
         self,
@@ -106,6 +124,12 @@ class Denoiser:
             `tuple`: logits in float32 of shape `(batch_size, num_positions, vocab_size)`, and for each row the number
             of query positions computed.
         """
+        too = 0
+        if self.prefix_length and self.cache is not None:
+            if not self.cache.is_initialized:
+                self._prefill(canvas)
+                too = self.prefix_length
+            windows = [_after(self.prefix_length, window) for window in windows]
         feed, slots, computed = self._plan(windows, positions, frontier)
         num_positions = len(positions[0])
         if isinstance(slots, int):
@@ -115,11 +139,15 @@ class Denoiser:
         input_ids, position_ids = (
             ids[:, feed] if isinstance(feed, slice) else ids.gather(1, feed) for ids in (canvas, self.position_ids)
         )
+        lows = [window.hi - count for window, count in zip(windows, computed, strict=True)]
+        inputs = {"input_ids": input_ids}
+        if self.images is not None and self.images.are_fed(lows):
+            inputs = {"inputs_embeds": self.images.embed(self.model, input_ids, feed)}
         kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
         logits = self.forward(
-            input_ids=input_ids,
+            **inputs,
             position_ids=position_ids,
-            **self._attention([window.attended for window in windows], feed, input_ids.shape[1]),
+            **self._attention(windows, computed, feed, input_ids.shape[1]),
             cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
@@ -129,7 +157,19 @@ class Denoiser:
             logits = logits[rows, (slots - first).to(logits.device)]
         elif self.is_static:
             logits = logits[:, :num_positions]
-        return logits.float(), computed
+        logits = logits.float()
+        if self.prefix_logits is not None:
+            for row, scored in enumerate(positions):
+                if self.prefix_length in scored:
+                    logits[row, self.prefix_length - scored.start] = self.prefix_logits[row, 0]
+        return logits, [num_queries + too for num_queries in computed]
+
+    def _prefill(self, canvas: torch.Tensor) -> None:
+        """Compute the states of the prefix by themselves, which no later forward recomputes, whatever its window."""
+        length, self.prefix_length, rows = self.prefix_length, 0, len(canvas)
+        scored = length if self.shift else length - 1  # with a shift, the last of them scores what follows
+        logits, _ = self(canvas, rows * [Window(0, length, length, 0)], rows * [range(scored, scored + 1)], rows * [0])
+        self.prefix_length, self.prefix_logits = length, logits if self.shift else None
 
     def _width(self, width: int) -> int:
         """`width`, or for static shapes the next of the few that are compiled."""
@@ -146,8 +186,13 @@ class Denoiser:
             slots = self._slots(positions, [0] * len(windows), stop)
             return slice(0, stop), slots, [window.hi for window in windows]
         # With a shift the first score comes from the position before it, which a cut window has to include.
-        lows = [min(window.lo, max(first - self.shift, 0)) for window, first in zip(windows, frontier, strict=True)]
+        lows = [
+            min(window.lo, max(first - self.shift, self.prefix_length))
+            for window, first in zip(windows, frontier, strict=True)
+        ]
         stops = [window.hi for window in windows]
+        if not self.cache.is_initialized:
+            stops = [max(stops)] * len(stops)  # the first forward makes the buffers, the same for all rows
         frozen = [min(window.frozen, lo) for window, lo in zip(windows, lows, strict=True)]
         if any(window.frozen < length for window, length in zip(windows, self.cache.frozen, strict=False)):
             self.cache.thaw()  # a fresh cache has one length for all rows, 0, which nothing is below
@@ -155,8 +200,8 @@ class Denoiser:
         attended = self._num_keys([window.attended for window in windows])
         if any(window.scored is not None for window in windows):
             return self._plan_scattered(windows, positions, attended)
-        computed = [stop - lo for stop, lo in zip(stops, lows, strict=True)]
-        slots = self._slots(positions, lows, max(computed))
+        computed = [window.hi - lo for window, lo in zip(windows, lows, strict=True)]
+        slots = self._slots(positions, lows, max(stop - lo for stop, lo in zip(stops, lows, strict=True)))
         if len(set(lows)) == len(set(stops)) == 1 and not self._sees_all:
             self.cache.window(lows[0], stops[0], attended)
             return slice(lows[0], stops[0]), slots, computed
@@ -212,9 +257,15 @@ class Denoiser:
         """How many leading keys the queries are given; a mask hides those that a row does not see."""
         return self.canvas_mask.shape[1] if self._sees_all else max(attended)
 
-    def _attention(self, attended: list[int], feed, num_queries: int) -> dict:
+    def _attention(self, windows: list[Window], computed: list[int], feed, num_queries: int) -> dict:
         """The arguments of the forward that say which keys the queries of each row see."""
+        attended = [window.attended for window in windows]
         longest = self._num_keys(attended)
+        if self.attention_blocks is not None:
+            lows = [min(window.lo, window.hi - count) for window, count in zip(windows, computed, strict=True)]
+            if not self._sees_all and self.attention_blocks.sees_all(lows, attended):
+                return {"attention_mask": None, "is_causal": False}  # beside it, the model makes no mask of its own
+            return {"attention_mask": for_backend(self.attention_blocks.mask(feed, attended, longest), self.model)}
         uneven = self._sees_all or min(attended) < longest
         if self.backend == "flash":
             # By itself it takes one row at scattered positions for several packed ones.
@@ -253,8 +304,19 @@ class Denoiser:
         rows = indices.to(self.canvas_mask.device)
         self.canvas_mask, self.position_ids = self.canvas_mask[rows], self.position_ids[rows]
         self.first = [self.first[index] for index in indices.tolist()]
+        if self.prefix_logits is not None:
+            self.prefix_logits = self.prefix_logits[indices.to(self.prefix_logits.device)]
+        if self.images is not None:
+            self.images.batch_select_indices(indices)
+        if self.attention_blocks is not None:
+            self.attention_blocks.batch_select_indices(indices)
         if self.cache is not None:
             self.cache.batch_select_indices(indices)
+
+
+def _after(length: int, window: Window) -> Window:
+    """The window without the first `length` positions, whose states are kept for good."""
+    return replace(window, lo=max(window.lo, length), frozen=max(window.frozen, length))
 
 
 class ClassifierFreeGuidance:

@@ -18,7 +18,7 @@ import torch
 
 from .blocks import Blocks
 from .schedule import Schedule
-from .unmasking import Drafts, MostConfident, UnmaskingRule, negative_entropy
+from .unmasking import Drafts, MostConfident, TokenEditing, UnmaskingRule, negative_entropy
 from .windows import Window, WindowPolicy
 
 
@@ -29,15 +29,19 @@ class Row:
     index: int  # of the caller's batch
     tokens: list[int]  # the canvas, masks included
     masked: bytearray  # for each position whether it is masked
+    open: bytearray  # for each position whether it may still be written; `masked` itself, if no token is edited
     prompt_length: int  # where the generated region begins, the same column for all rows
-    frontiers: list[int]  # first masked position now, and as the k-th last forward saw it (0: none)
+    block_origin: int  # the position that blocks are counted from: no block crosses a multiple of its length
+    frontiers: list[int]  # first open position now, and as the k-th last forward saw it (0: none)
     written: list[int] = field(default_factory=list)  # positions written at the last step
+    closed: list[int] = field(default_factory=list)  # positions that became final at the last step
     written_entropy: float = 0.0  # the highest entropy of their distributions, if measured
     block_index: int = -1  # the block being unmasked, -1 before the first step
     block_start: int = 0
     block_stop: int = 0  # exclusive
     block_masked: int = 0  # masked positions up to the block's end when the row entered it
     block_nfe: int = 0  # forwards since the row entered it
+    block_checks: int = 0  # those of them that saw no mask in it
     step: int = 0  # the next step of the block's schedule
     nfe: int = 0  # forwards so far
     active_tokens: int = 0  # query positions computed so far
@@ -45,16 +49,19 @@ class Row:
 
     @property
     def frontier(self) -> int:
-        """The first masked position; the length of the canvas if nothing is masked."""
+        """The first open position, which is the first masked one if no token is edited; else the canvas length."""
         return self.frontiers[0]
 
-    def write(self, drafts: dict[int, int]) -> None:
-        """Write tokens at masked positions, in order."""
+    def write(self, drafts: dict[int, int], closed: Iterable[int] | None = None) -> None:
+        """Write tokens at open positions, in order, and close the positions `closed`, by default those written."""
         self.written = list(drafts)
+        self.closed = self.written if closed is None else list(closed)
         for position, token in drafts.items():
             self.tokens[position], self.masked[position] = token, False
-        frontier = self.masked.find(True, self.frontier)
-        self.frontiers = [len(self.masked) if frontier < 0 else frontier, *self.frontiers[:-1]]
+        for position in self.closed:
+            self.open[position] = False
+        frontier = self.open.find(True, self.frontier)
+        self.frontiers = [len(self.open) if frontier < 0 else frontier, *self.frontiers[:-1]]
 
 
 @dataclass
@@ -65,12 +72,26 @@ class DenoisingState:
     rows: list[Row]
 
     @classmethod
-    def start(cls, canvas: torch.Tensor, mask_token_id: int, prompt_length: int, history: int) -> "DenoisingState":
-        """The state before the first step, for a canvas `(B, L)` with at least one mask in every row."""
+    def start(
+        cls,
+        canvas: torch.Tensor,
+        mask_token_id: int,
+        prompt_length: int,
+        history: int,
+        block_origins: list[int] | None = None,
+        edits_tokens: bool = False,
+    ) -> "DenoisingState":
+        """
+        The state before the first step, for a canvas `(B, L)` with at least one mask in every row. Blocks are counted
+        from `block_origins` on, by default from the end of the prompt.
+        """
         rows = []
         for index, tokens in enumerate(canvas.tolist()):
             masked = bytearray(token == mask_token_id for token in tokens)
-            rows.append(Row(index, tokens, masked, prompt_length, [masked.find(True)] + [0] * history))
+            positions = masked.copy() if edits_tokens else masked
+            origin = prompt_length if block_origins is None else block_origins[index]
+            frontiers = [masked.find(True)] + [0] * history
+            rows.append(Row(index, tokens, masked, positions, prompt_length, origin, frontiers))
         return cls(canvas, rows)
 
     def write(self) -> None:
@@ -99,12 +120,15 @@ class Method:
         blocks ([`Blocks`]): Which positions may be written.
         schedule ([`Schedule`]): The minimum number of tokens that a row writes.
         rule ([`UnmaskingRule`], *optional*): Which drafts are written; by default the most confident ones.
+        editing ([`TokenEditing`], *optional*):
+            Which of the tokens that a block already holds are written anew, and when the block is final.
     """
 
     window_policy: WindowPolicy
     blocks: Blocks
     schedule: Schedule
     rule: UnmaskingRule = MostConfident()
+    editing: TokenEditing | None = None
 
 
 class Scorer(Protocol):
@@ -232,11 +256,12 @@ def _unmask(
     confidence: list[float],
     entropy: list[float] | None = None,
 ) -> None:
-    """Write the drafts of a row that blocks, schedule and rule choose."""
-    able = zip(positions, candidate, confidence, strict=True)
-    candidates = [position for position, may, sure in able if may and sure > -inf]
+    """Write the drafts of a row that blocks, schedule and rule choose, and those that replace a token."""
+    may_write = [position for position, may in zip(positions, candidate, strict=True) if may]
+    able = [position for position in may_write if confidence[position - positions.start] > -inf]
+    candidates = [position for position in able if row.masked[position]]
     drafts = Drafts(positions, list(map(int, token_ids)), confidence, candidates)
-    is_refused = any(candidate) and not candidates
+    is_refused = not candidates and any(row.masked[position] for position in may_write)
     if row.block_nfe == 0:
         method.blocks.cut(drafts, row)
     drafts.quota, row.step = _scheduled(method.schedule, row)
@@ -248,7 +273,12 @@ def _unmask(
     chosen = _chosen(method.rule, drafts, row)
     if row.due > row.frontier:
         chosen = sorted({*chosen, *(position for position in drafts.candidates if position < row.due)})
-    row.write({position: drafts.token_id(position) for position in chosen})
+    closed = None
+    if method.editing is not None:
+        chosen, closed = method.editing(
+            drafts, row, chosen, [position for position in able if not row.masked[position]]
+        )
+    row.write({position: drafts.token_id(position) for position in chosen}, closed)
     if entropy is not None:
         row.written_entropy = max((entropy[position - positions.start] for position in chosen), default=0.0)
 

@@ -23,10 +23,12 @@ DEFAULT_DELIMITER_THRESHOLD = 0.3
 DELIMITER_SHARE = 0.25  # of the generated region: the default of `delimiter_window`
 
 WINDOW_POLICIES = ("freecache", "prefix", "dual", "dkv", "none")
-CONFIDENCES = ("probability", "margin", "entropy", "random")
-SCHEDULES = ("uniform", "timesteps")
+CONFIDENCES = ("probability", "margin", "entropy", "random", "position")
+SCHEDULES = ("uniform", "timesteps", "linear", "shift")
 BLOCKS = ("fixed", "whole", "adaptive")
 RULES = ("confidence_threshold", "factor", "frechet_delta", "entropy_bound")
+SCHEDULED = ("steps", "steps_per_block", "schedule")  # options that say how many tokens a step writes
+DECIDING = (*SCHEDULED, *RULES, "unmasking_rule", "editing_threshold")  # options that say which tokens a step writes
 
 # Names that other implementations use, and what they are called here.
 PEER_NAMES = {
@@ -49,9 +51,19 @@ PEER_NAMES = {
 
 # The options that make up a method; a named method sets all of them.
 METHOD_OPTIONS = (
-    *("steps", "schedule", "confidence", "position_temperature", "unmasking_rule", "window_policy", "blocks"),
+    *(
+        "steps",
+        "steps_per_block",
+        "schedule",
+        "confidence",
+        "position_temperature",
+        "unmasking_rule",
+        "window_policy",
+        "blocks",
+    ),
     *("delimiter_threshold", "delimiter_window", "grow_canvas", "freeze_length", "freeze_lag", "left_margin"),
     *("right_window", "attend_stale", "refresh_blocks", "refresh_entropy", "refresh_steps", "run_empty_steps"),
+    *("first_token_alone", "editing_threshold", "max_post_steps", "schedule_shift", "prefix_lm"),
     *RULES,
 )
 
@@ -96,7 +108,8 @@ class DiffusionOptions:
             replaces the corresponding options of the generation config; other keywords win over it.
         block_length (`int`, *optional*):
             The generated region is unmasked in blocks of this many tokens, from the end of the prompt on. By default
-            32, or the whole region if that is shorter.
+            32, or the whole region if that is shorter. Models with block-causal attention count blocks from where
+            they count those of their attention, whose length is the default.
         blocks (`str` or [`BlockPolicy`], *optional*, defaults to `"fixed"`):
             `"fixed"` blocks of `block_length`, `"whole"` for a single block, or `"adaptive"`: a block ends at a
             delimiter of which the model is sure (AdaBlock-dLLM), see [`AdaptiveBlocks`].
@@ -108,15 +121,23 @@ class DiffusionOptions:
         steps (`int`, *optional*):
             Number of denoising steps for the whole region: a fixed number of tokens is written at each.
             Excludes the four rules below and a guider.
+        steps_per_block (`int`, *optional*):
+            Number of denoising steps of each block, instead of `steps`: the number of tokens per step follows from
+            `block_length`, also where a block begins within the prompt. With a `confidence_threshold` it is the least
+            number: a step that finds more tokens above the threshold writes them all (SDAR, LLaDA2.0).
         schedule (`str` or [`Schedule`], *optional*):
-            How `steps` are spread: `"uniform"` as LLaDA does, which is the default with `steps`, or `"timesteps"` as
-            Dream does. Without `steps` there are as many steps as tokens.
+            How steps are spread: `"uniform"` as LLaDA does, which is the default with `steps`, `"timesteps"` as Dream
+            does, `"linear"` as dllm does, see [`LinearSchedule`], or `"shift"` as LaViDa does, see [`ShiftSchedule`].
+            Without `steps` there are as many steps as
+            tokens.
         eps (`float`, *optional*, defaults to 1e-3): Last timestep of the `"timesteps"` schedule.
+        schedule_shift (`float`, *optional*, defaults to 3.0):
+            Of the `"shift"` schedule: below 1, more is written at the first steps than at the last.
         run_empty_steps (`bool`, *optional*, defaults to `False`):
             Whether steps of the `"timesteps"` schedule that write nothing are run, as Dream does.
         confidence (`str` or [`Confidence`], *optional*, defaults to `"probability"`):
             What is written first: `"probability"` (LLaDA's low_confidence, Dream's maskgit_plus), `"margin"`
-            (topk_margin), `"entropy"`, `"random"` (LLaDA's random, Dream's origin).
+            (topk_margin), `"entropy"`, `"random"` (LLaDA's random, Dream's origin), `"position"` (SDAR's sequential).
         position_temperature (`float`, *optional*, defaults to 0.0): Noise on that order (Dream's alg_temp).
         confidence_threshold (`float`, *optional*):
             Write every candidate of at least this probability, and at least one. By default 0.9 if neither `steps`
@@ -126,10 +147,24 @@ class DiffusionOptions:
         entropy_bound (`float`, *optional*): Rule of the EB-Sampler, see [`EntropyBound`]; implies
             `confidence="entropy"`.
         unmasking_rule ([`UnmaskingRule`], *optional*): The caller's own rule, instead of the four above.
+        prefix_lm (`bool`, *optional*, defaults to `False`):
+            Whether the prompt does not see the answer: it is computed once, by itself, and its states serve every step
+            (LaViDa). An approximation, unless the weights were trained for it; combines with every window policy.
+        prompt_tail (`int`, *optional*, defaults to 0):
+            With `prefix_lm`, the number of last tokens of the prompt that are computed with the answer: the beginning
+            of an answer, for instance.
+        editing_threshold (`float`, *optional*):
+            Tokens of the current block are written anew where the model is surer than this of another one
+            (LLaDA2.1), see [`TokenEditing`]. By default what is written stays.
+        max_post_steps (`int`, *optional*, defaults to 16): Steps of a block that may only write anew.
+        first_token_alone (`bool`, *optional*, defaults to `False`):
+            For models with block-causal attention: whether the first token of an attention block is written alone,
+            before the others are drafted (Fast-dLLM v2).
         window_policy (`str` or [`WindowPolicy`], *optional*, defaults to `"freecache"`):
             `"freecache"` freezes the states of the prompt and of finished blocks (FlashDLM), `"prefix"` and `"dual"`
             refresh all at each block (Fast-dLLM), `"dkv"` caches the states of a token one step late (dKV-Cache),
-            `"none"` recomputes everything.
+            `"none"` recomputes everything. For models with block-causal attention `"freecache"` is exact, and
+            `"dual"` is the sub-block cache of Fast-dLLM v2, see [`SubBlockWindow`].
         freeze_length (`int`, *optional*): Finished text is frozen in pieces of this length; by default a block.
         freeze_lag (`int`, *optional*, defaults to 1):
             Steps for which a finished piece is still recomputed before it is frozen; 0 as in the paper's code.
@@ -139,7 +174,7 @@ class DiffusionOptions:
             Whether positions right of the window are attended with their old states, instead of not at all.
         grow_canvas (`bool`, *optional*, defaults to `False`):
             Show the model only the blocks up to the current block, so that the cost does not depend on
-            `max_new_tokens`.
+            `max_new_tokens`. With block-causal attention, where later blocks are never seen, it always grows.
         refresh_blocks (`int`, *optional*): Number of blocks after which FreeCache recomputes everything.
         refresh_entropy (`float`, *optional*):
             Recompute everything after a step that wrote a token whose distribution had more entropy than this, in
@@ -161,8 +196,10 @@ class DiffusionOptions:
     delimiter_threshold: float | None = None
     delimiter_window: int | None = None
     steps: int | None = None
+    steps_per_block: int | None = None
     schedule: Any = None
     eps: float = 1e-3
+    schedule_shift: float = 3.0
     run_empty_steps: bool = False
     confidence: Any = "probability"
     position_temperature: float = 0.0
@@ -171,6 +208,11 @@ class DiffusionOptions:
     frechet_delta: float | None = None
     entropy_bound: float | None = None
     unmasking_rule: Any = None
+    prefix_lm: bool = False
+    prompt_tail: int = 0
+    editing_threshold: float | None = None
+    max_post_steps: int = 16
+    first_token_alone: bool = False
     window_policy: Any = "freecache"
     freeze_length: int | None = None
     freeze_lag: int = 1
@@ -189,16 +231,20 @@ class DiffusionOptions:
         self._take_scalars()
         for name in (
             *("block_length", "steps", "freeze_length", "right_window", "refresh_blocks", "refresh_steps"),
-            "delimiter_window",
+            *("delimiter_window", "steps_per_block"),
         ):
             self._check_number(name, int, 1)
-        for name in ("freeze_lag", "left_margin", "mask_token_id"):
+        for name in ("freeze_lag", "left_margin", "mask_token_id", "max_post_steps", "prompt_tail"):
             self._check_number(name, int, 0)
-        for name in ("position_temperature", "factor", "frechet_delta", "entropy_bound", "refresh_entropy"):
+        for name in (
+            *("position_temperature", "factor", "frechet_delta", "entropy_bound", "refresh_entropy"),
+            "schedule_shift",
+        ):
             self._check_number(name, float, 0)
-        for name in ("eps", "confidence_threshold", "frechet_delta", "delimiter_threshold"):
+        for name in ("eps", "confidence_threshold", "frechet_delta", "delimiter_threshold", "editing_threshold"):
             self._check_number(name, float, 0, 1)
-        for name in ("run_empty_steps", "attend_stale", "grow_canvas", "stop_at_eos", "synchronize_blocks"):
+        switches = ("run_empty_steps", "attend_stale", "grow_canvas", "stop_at_eos", "synchronize_blocks")
+        for name in (*switches, "first_token_alone", "prefix_lm"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (name != "synchronize_blocks" or value is not None):
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")
@@ -230,8 +276,9 @@ class DiffusionOptions:
     def _check_rules(self) -> None:
         rules = [name for name in (*RULES, "unmasking_rule") if getattr(self, name) is not None]
         written = [name for name in rules if name != "unmasking_rule"]
-        scheduled = "steps" if self.steps is not None else "schedule"
-        if self.is_scheduled and written:
+        scheduled = next((name for name in SCHEDULED if getattr(self, name) is not None), None)
+        is_least = scheduled == "steps_per_block" and rules == ["confidence_threshold"]  # what the schedule says
+        if scheduled is not None and written and not is_least:
             raise ValueError(
                 f"`{scheduled}` fixes how many tokens a step writes and `{rules[0]}` leaves it open, got "
                 f"{scheduled}={getattr(self, scheduled)} and {rules[0]}={getattr(self, rules[0])}: pass one of them, "
@@ -239,18 +286,31 @@ class DiffusionOptions:
             )
         if len(rules) > 1:
             raise ValueError(f"`{rules[0]}` and `{rules[1]}` are rules for the same thing: pass one of them.")
+        if self.schedule_shift <= 0:
+            raise ValueError(f"`schedule_shift` must be a number above 0, got {self.schedule_shift!r}.")
+        if self.prompt_tail and not self.prefix_lm:
+            raise ValueError(
+                f"`prompt_tail` belongs to prefix_lm=True, got {self.prompt_tail} and prefix_lm=False: drop it."
+            )
         if self.run_empty_steps and self.schedule != "timesteps":
             raise ValueError(
                 f"`run_empty_steps` belongs to schedule='timesteps', got schedule={self.schedule!r}: drop it."
             )
-        if self.steps is not None and not isinstance(self.schedule, str | None):
+        if scheduled in ("steps", "steps_per_block") and not isinstance(self.schedule, str | None):
             raise ValueError(
-                f"`steps` are spread by the built-in schedules, got steps={self.steps} and a `schedule` of "
-                f"{type(self.schedule).__name__}: drop one of them."
+                f"`{scheduled}` are spread by the built-in schedules, got {scheduled}={getattr(self, scheduled)} and "
+                f"a `schedule` of {type(self.schedule).__name__}: drop one of them."
+            )
+        if self.steps_per_block is not None and (self.steps is not None or self.schedule == "timesteps"):
+            other = "steps" if self.steps is not None else "schedule"
+            raise ValueError(
+                f"`steps_per_block` counts the steps of a block and `{other}` those of the whole region, got "
+                f"{self.steps_per_block} and {getattr(self, other)!r}: drop one of them."
             )
         # `entropy_bound` implies 'entropy', so the default 'probability' is allowed as well.
         fitting = ("probability", "entropy")[: 1 + (rules == ["entropy_bound"])]
-        if not self.is_scheduled and self.unmasking_rule is None and self.confidence not in fitting:
+        is_compared = scheduled is None or is_least
+        if is_compared and self.unmasking_rule is None and self.confidence not in fitting:
             raise ValueError(
                 f"`confidence` must be {fitting[-1]!r} for `{(rules or RULES)[0]}`, got {self.confidence!r}: drop it, "
                 "or pass `steps` or an `unmasking_rule`."
@@ -259,7 +319,7 @@ class DiffusionOptions:
     @property
     def is_scheduled(self) -> bool:
         """Whether a schedule says how many tokens a step writes."""
-        return self.steps is not None or self.schedule is not None
+        return any(getattr(self, name) is not None for name in SCHEDULED)
 
     def _check_blocks(self) -> None:
         is_adaptive = self.blocks == "adaptive"
@@ -301,12 +361,12 @@ class DiffusionOptions:
                     f"with {self.window_policy!r}: drop it."
                 )
 
-    def tiling(self, max_new_tokens: int) -> tuple[int, int]:
+    def tiling(self, max_new_tokens: int, attention_block_length: int | None = None) -> tuple[int, int]:
         """Length and number of the blocks that tile a region of `max_new_tokens`; checks the related options."""
-        block_length = self.block_length or min(DEFAULT_BLOCK_LENGTH, max_new_tokens)
+        block_length = self.block_length or attention_block_length or min(DEFAULT_BLOCK_LENGTH, max_new_tokens)
         if self.blocks == "whole":
             block_length = max_new_tokens
-        if block_length > max_new_tokens:
+        if block_length > max_new_tokens and attention_block_length is None:
             raise ValueError(
                 f"`block_length` must be at most `max_new_tokens`={max_new_tokens}, got {block_length}: lower it, or "
                 "generate more."

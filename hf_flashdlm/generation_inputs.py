@@ -12,8 +12,10 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig
 
+from .block_causal import for_backend
 from .compiling import CACHE_NAME, device_of
 from .generation_config import DiffusionOptions
+from .images import Images
 
 
 LONGEST_CANVAS = 2**22  # positions of a row, where the model names no limit of its own
@@ -21,6 +23,18 @@ LARGEST_BATCH = 2**28  # positions of all rows
 MOST_SEQUENCES = 2**16  # `num_return_sequences`
 MOST_STEPS = 2**20  # `steps` and `freeze_lag`, which take memory in proportion to themselves
 SMALLEST, LARGEST = 1e-20, 1e20  # of numbers that scores in float32 are divided by or multiplied with
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Prompts, masks to be unmasked, and where blocks begin; see [`make_canvas`]."""
+
+    ids: torch.Tensor  # (B, L) token ids
+    mask: torch.Tensor  # (B, L) 0 where the canvas holds padding
+    block_origins: list[int]  # the column of each row that blocks are counted from
+    attention_block_length: int | None  # that of a model with block-causal attention
+    prefix_length: int = 0  # this many positions are computed once, by themselves
+    images: Images | None = None
 
 
 @dataclass(frozen=True)
@@ -201,6 +215,159 @@ def lay_out(model, input_ids: torch.Tensor, prompt_mask, guidance, max_length: i
         pad(one, (longest - one.shape[1], 0)) for one in (ids, mask, negative, negative_mask)
     )
     return Layout(ids, mask, negative, negative_mask)
+
+
+def find_images(model, layout: Layout, model_kwargs: dict, guider) -> Images | None:
+    r"""
+    The images of the prompts, which Transformers has embedded before.
+
+    Raises:
+        ValueError: If there are other image tokens than embeddings, or a guider, which reads text alone.
+    """
+    image_token_id = getattr(model.config, "image_token_id", None)
+    outputs = (model_kwargs.get("mm_encoder_outputs") or {}).get("image")
+    if image_token_id is None and outputs is None:
+        return None
+    if image_token_id is None:
+        raise ValueError(
+            "`image_token_id` must be the id that stands for images in `input_ids`, got None: set it in "
+            "`model.config` to that of the processor."
+        )
+    is_image = (layout.input_ids == image_token_id) & layout.prompt_mask.bool()
+    if outputs is None:
+        if is_image.any():
+            raise ValueError(
+                f"`pixel_values` must be given for the {int(is_image.sum())} image tokens {image_token_id} in "
+                "`input_ids`: pass all that the processor returns."
+            )
+        return None
+    if guider is not None:
+        raise ValueError("`guider` reads text alone, got a prompt with images: drop one of them.")
+    return Images.of(list(outputs.pooler_output), layout.input_ids, is_image)
+
+
+def make_canvas(  # noqa: PLR0913, what a canvas is made of
+    model,
+    options: DiffusionOptions,
+    layout: Layout,
+    num_new: int,
+    mask_token_id: int,
+    pad_token_id: int,
+    images: Images | None = None,
+) -> Canvas:
+    r"""
+    Put masks after the prompts: `num_new` of them, or where attention blocks are counted from the start of a row as
+    many as fill its last block, which the model was trained to see whole.
+
+    Args:
+        model (`PreTrainedModel`): The diffusion model.
+        options ([`DiffusionOptions`]): Checked options.
+        layout ([`Layout`]): The prompts.
+        num_new (`int`): Length of the generated region.
+        mask_token_id (`int`): The mask token.
+        images ([`Images`], *optional*): Those of the prompts.
+        pad_token_id (`int`): Stands after the last block of a row that is shorter than others.
+    """
+    prompt_length = layout.input_ids.shape[1]
+    end = prompt_length + num_new
+    config = model.config.get_text_config()
+    length = getattr(config, "attention_block_length", None)
+    origins, stops = [prompt_length] * len(layout.input_ids), [end] * len(layout.input_ids)
+    if length is not None and config.attention_block_origin == "row":
+        origins = layout.prompt_mask.argmax(1).tolist()
+        stops = [end + (origin - end) % length for origin in origins]
+    ids = pad(layout.input_ids, (0, max(stops) - prompt_length), value=mask_token_id)
+    for row, stop in zip(ids, stops, strict=True):
+        row[stop:] = pad_token_id
+    mask = pad(layout.prompt_mask, (0, max(stops) - prompt_length), value=1)
+    prefix_length = _prefix_length(model, options, layout, mask_token_id) if options.prefix_lm else 0
+    return Canvas(ids, mask, origins, length, prefix_length, images)
+
+
+def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None:
+    r"""
+    Refuse options that would make a decode with block-causal attention inexact, or that have no meaning there.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    config = model.config.get_text_config()
+    length = getattr(config, "attention_block_length", None)
+    if length is None:
+        if options.first_token_alone:
+            raise ValueError(
+                "`first_token_alone` belongs to models with block-causal attention, got a "
+                f"{type(model).__name__}, which attends to the whole canvas: drop it."
+            )
+        return
+    name = f"a {type(model).__name__}, whose attention is block-causal"
+    for_backend(torch.ones(1, 1, 1, 1, dtype=torch.bool), model)
+    _check_exact(options, length, name)
+    if config.attention_block_origin != "row":
+        return
+    if options.steps is not None or options.schedule == "timesteps":
+        given = "steps" if options.steps is not None else "schedule"
+        raise ValueError(
+            f"`{given}` spreads steps over blocks that begin at the end of the prompt, got "
+            f"{getattr(options, given)!r} for {name}, counted from the start of a row: pass `steps_per_block`."
+        )
+    first = layout.prompt_mask.argmax(1)
+    if layout.negative_mask is not None and not torch.equal(layout.negative_mask.argmax(1), first):
+        raise ValueError(
+            f"`negative_prompt_ids` must be as long as the prompt of their row for {name}, so that blocks coincide: "
+            "pass others, or none."
+        )
+
+
+def _prefix_length(model, options: DiffusionOptions, layout: Layout, mask_token_id: int) -> int:
+    """How many positions `prefix_lm` computes by themselves; refuses what cannot be."""
+    length = layout.input_ids.shape[1] - options.prompt_tail
+    if getattr(model.config.get_text_config(), "attention_block_length", None) is not None:
+        raise ValueError(
+            f"`prefix_lm` must be False for a {type(model).__name__}, whose prompt does not see later blocks anyway, "
+            "got True: drop it."
+        )
+    if length < 1 or not layout.prompt_mask[:, length - 1].all():
+        raise ValueError(
+            "`prompt_tail` must be shorter than each prompt, the shortest of which has "
+            f"{int(layout.prompt_mask.sum(1).min())} tokens, got {options.prompt_tail}: lower it."
+        )
+    if (layout.input_ids[:, :length] == mask_token_id).any():
+        raise ValueError(
+            f"`prefix_lm` computes the first {length} positions before anything is written, got mask tokens among "
+            "them: drop it, or raise `prompt_tail`."
+        )
+    return length
+
+
+def _check_exact(options: DiffusionOptions, length: int, name: str) -> None:
+    """Refuse what would approximate states that block-causal attention makes exact."""
+    if options.window_policy in ("prefix", "dkv"):
+        raise ValueError(
+            f"`window_policy` must be 'freecache', 'dual' or 'none' for {name}, got {options.window_policy!r}: "
+            "'freecache' is exact there."
+        )
+    if options.attend_stale or options.freeze_lag == 0:
+        given = "attend_stale" if options.attend_stale else "freeze_lag"
+        raise ValueError(
+            f"`{given}` would make states inexact that are exact for {name}, got {getattr(options, given)}: drop it."
+        )
+    if options.freeze_length is not None and options.freeze_length % length:
+        raise ValueError(
+            f"`freeze_length` must be a multiple of the {length} positions of an attention block for {name}, got "
+            f"{options.freeze_length}: drop it."
+        )
+    longest = max(length, options.block_length or 1)
+    if options.right_window is not None and options.right_window < longest:
+        raise ValueError(
+            f"`right_window` must hold the {longest} positions of a block for {name}, got {options.right_window}: "
+            "drop it."
+        )
+    if options.window_policy == "dual" and length % (options.block_length or length):
+        raise ValueError(
+            f"`block_length` must divide the {length} positions of an attention block with window_policy='dual', got "
+            f"{options.block_length}."
+        )
 
 
 def _negative_prompts(model, context: dict, num_rows: int):

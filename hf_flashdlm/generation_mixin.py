@@ -24,23 +24,29 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
+from .block_causal import AttentionBlocks
 from .cache import FreeCache
 from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
 from .compiling import CACHE_NAME, cache_name
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
-from .generation_config import PARTS, PEER_NAMES, DiffusionOptions
+from .generation_config import DECIDING, PARTS, PEER_NAMES, SCHEDULED, DiffusionOptions
 from .generation_inputs import (
+    Canvas,
     Layout,
+    check_block_causal,
     check_inputs,
     check_numbers,
     check_prompt,
+    find_images,
     lay_out,
+    make_canvas,
     mask_token_id_of,
 )
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider
 from .guider_reader import is_language_model
+from .methods import METHODS
 from .parts import choose_parts
 from .stopping import RowEnds
 from .streaming import Stream
@@ -130,10 +136,8 @@ class FlashDLMGenerationMixin(_Model):
         _refuse_saved_objects(generation_config)
         for name, value in ours.items():
             setattr(generation_config, name, value)
-        if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
-            generation_config.block_length = None  # type: ignore[attr-defined]  # a recommendation of the model yields to a single block
-        if not hasattr(generation_config, "_recommends_block_length"):
-            generation_config._recommends_block_length = "block_length" not in given  # type: ignore[attr-defined]  # beside its own
+        if not hasattr(generation_config, "_recommended"):
+            self._recommend(generation_config, given)
         for name, neutral in _REFUSED.items():
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
@@ -142,10 +146,35 @@ class FlashDLMGenerationMixin(_Model):
         check_numbers(generation_config)
         return generation_config, model_kwargs
 
+    def _recommend(self, generation_config: GenerationConfig, given: set[str]) -> None:
+        """
+        Fill in the settings that the authors of the model recommend, where neither the call nor the checkpoint's
+        generation config chooses a method or the part; and note which settings are recommendations.
+        """
+        method = getattr(self.config, "recommended_method", None)
+        settings = METHODS[method] if method and getattr(generation_config, "method", None) is None else {}
+        chosen = {name for name in DiffusionOptions.names() if hasattr(generation_config, name)}
+        if chosen.intersection(DECIDING):
+            settings = {name: value for name, value in settings.items() if name not in DECIDING}
+        for name in settings.keys() - chosen:
+            setattr(generation_config, name, settings[name])
+        recommended = (settings.keys() - chosen) | ({"block_length"} - given)
+        generation_config._recommended = recommended  # type: ignore[attr-defined]  # beside its own
+        if "block_length" not in given and getattr(generation_config, "blocks", None) == "whole":
+            generation_config.block_length = None  # type: ignore[attr-defined]  # a recommendation of the model yields to a single block
+
     def save_pretrained(self, *args, **kwargs):
         """[`~transformers.PreTrainedModel.save_pretrained`], but for a generation config that holds objects."""
         _refuse_saved_objects(self.generation_config)
+        _own_options(self.generation_config)
         return super().save_pretrained(*args, **kwargs)
+
+    def adjust_generation_fn(self, generation_config, *args, **kwargs):
+        """What `from_pretrained` makes the generation config with, which may hold our options from then on."""
+        generation_config = copy.copy(generation_config)
+        _own_options(generation_config)
+        super().adjust_generation_fn(generation_config, *args, **kwargs)
+        _own_options(self.generation_config)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """Hook 3 of 5: the inputs are checked before anything is done with them."""
@@ -154,7 +183,8 @@ class FlashDLMGenerationMixin(_Model):
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Hook 4 of 5: the cache is a FreeCache, or none."""
-        if DiffusionOptions.read(generation_config).window_policy == "none":
+        options = DiffusionOptions.read(generation_config)
+        if options.window_policy == "none" and not options.prefix_lm:
             model_kwargs[CACHE_NAME] = None
         elif model_kwargs.get(CACHE_NAME) is None:
             model_kwargs[CACHE_NAME] = FreeCache()
@@ -187,32 +217,37 @@ class FlashDLMGenerationMixin(_Model):
         # 1. The canvas: prompt and masks.
         max_length = int(generation_config.max_length)
         num_new = max_length - input_ids.shape[1]
-        options = _read_options(generation_config, num_new)
+        options = _read_options(self, generation_config, num_new, guider)
         mask_token_id = mask_token_id_of(self, options)
         logits_processor, guidance = _split_guidance(logits_processor)
         layout = lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance, max_length)
         check_prompt(self, layout, mask_token_id, max_length)
-        canvas = pad(layout.input_ids, (0, num_new), value=mask_token_id)
-        canvas_mask = pad(layout.prompt_mask, (0, num_new), value=1)
+        check_block_causal(self, options, layout)
+        pad_token_id = _pad_token_id(generation_config)
+        images = find_images(self, layout, model_kwargs, guider)
+        canvas = make_canvas(self, options, layout, num_new, mask_token_id, pad_token_id, images)
         # 2. The parts.
         guider = _guider(guider, options)
         prompt_length = layout.input_ids.shape[1]
         skip = prompt_length - input_ids.shape[1]  # a longer negative prompt pads the prompt
-        method = choose_parts(options, num_new, None if guider is None else guider.lookahead)
+        lookahead = None if guider is None else guider.lookahead
+        method = choose_parts(options, num_new, lookahead, canvas.attention_block_length)
         compile_config = generation_config.compile_config
-        denoiser = _denoiser(self, canvas, canvas_mask, layout, guidance, mask_token_id, model_kwargs, compile_config)
+        denoiser = _denoiser(self, canvas, layout, guidance, mask_token_id, model_kwargs, compile_config)
         denoiser = _synchronized(denoiser, self, guider, synced_gpus)
-        temperature = generation_config.temperature if generation_config.do_sample else None
+        drafter = _drafter(options, generation_config, mask_token_id, generator)
         if guider is not None:
-            guider.reset(self, canvas_mask, mask_token_id, temperature, generator, compile_config)
-        confidence = options.confidence if options.entropy_bound is None else "entropy"
-        drafter = Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
+            guider.reset(self, canvas.mask, mask_token_id, drafter.temperature, generator, compile_config)
         # 3. The loop.
-        state = DenoisingState.start(canvas, mask_token_id, prompt_length, method.window_policy.history)
-        ends = RowEnds(
-            state, prompt_length, _pad_token_id(generation_config), *_ends(options, stopping_criteria), skip
+        state = DenoisingState.start(
+            *(canvas.ids, mask_token_id, prompt_length, method.window_policy.history),
+            block_origins=canvas.block_origins,
+            edits_tokens=method.editing is not None,
         )
-        processors = CanvasProcessors(logits_processor, canvas_mask, mask_token_id, guider, skip, ends.shown)
+        ends = RowEnds(
+            state, prompt_length, pad_token_id, *_ends(options, stopping_criteria), skip, prompt_length + num_new
+        )
+        processors = CanvasProcessors(logits_processor, canvas.mask, mask_token_id, guider, skip, ends.shown)
         stream = Stream(streamer, prompt_length, skip)
 
         def after_step(state):
@@ -223,7 +258,7 @@ class FlashDLMGenerationMixin(_Model):
         with _without_autograd(compile_config, self, guider):
             denoise(state, denoiser, method, processors, drafter, after_step)
             if isinstance(denoiser, SynchronizedDenoiser):
-                denoiser.finish(canvas)
+                denoiser.finish(canvas.ids)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
@@ -242,12 +277,21 @@ def _refuse_saved_objects(generation_config) -> None:
             )
 
 
+def _own_options(generation_config: GenerationConfig | None) -> None:
+    """Take off the mark of a derived generation config: Transformers reads a file that has it without our options."""
+    if generation_config is not None:
+        generation_config._from_model_config = False
+
+
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
     architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3, others).
     """
-    model.config.is_causal = False
+    config = model.config.get_text_config()
+    config.is_causal = False
+    if getattr(config, "attention_block_length", None) is not None:
+        config.attention_block_length = None  # which the hook of `make_block_causal` reads
     for module in model.modules():
         if hasattr(module, "is_causal"):
             module.is_causal = False  # type: ignore[assignment]  # torch declares tensors and submodules alone
@@ -280,11 +324,19 @@ def as_diffusion_model(model: PreTrainedModel) -> FlashDLMGenerationMixin:
     return view
 
 
-def _read_options(generation_config: GenerationConfig, num_new: int) -> DiffusionOptions:
-    """The options of the call; a block length that the model recommends yields to a shorter request."""
+def _read_options(model, generation_config: GenerationConfig, num_new: int, guider) -> DiffusionOptions:
+    """
+    The options of the call. A recommended block length yields to a shorter request, unless attention has blocks; a
+    recommended way to choose tokens yields to a guider.
+    """
     options = DiffusionOptions.read(generation_config)
-    if getattr(generation_config, "_recommends_block_length", False) and (options.block_length or 0) > num_new > 0:
-        return replace(options, block_length=num_new)
+    recommended: set[str] = getattr(generation_config, "_recommended", set())
+    has_blocks = getattr(model.config.get_text_config(), "attention_block_length", None) is not None
+    if "block_length" in recommended and not has_blocks and (options.block_length or 0) > num_new > 0:
+        options = replace(options, block_length=num_new)
+    if guider is not None:
+        yielding: dict[str, Any] = dict.fromkeys(recommended.intersection(DECIDING))
+        options = replace(options, **yielding)
     return options
 
 
@@ -317,11 +369,6 @@ def _check_model(model) -> None:
         raise ValueError(
             f"`model` must be a bidirectional masked diffusion model, got {type(model).__name__} with causal "
             "attention: if its weights were trained for diffusion, call `make_bidirectional(model)`."
-        )
-    if getattr(model.config.get_text_config(), "attention_block_length", None) is not None:
-        raise ValueError(
-            f"`model` must attend to the whole canvas, got {type(model).__name__} with block-causal attention, which "
-            "`generate` cannot decode yet: call its forward, or decode it with its own code."
         )
     if "sliding_attention" in (getattr(model.config.get_text_config(), "layer_types", None) or ()):
         raise ValueError(
@@ -369,22 +416,37 @@ def _split_guidance(logits_processor: LogitsProcessorList):
 
 
 def _denoiser(  # noqa: PLR0913, what a call is made of
-    model, canvas, canvas_mask, layout: Layout, guidance, mask_token_id: int, model_kwargs, compile_config
+    model, canvas: Canvas, layout: Layout, guidance, mask_token_id: int, model_kwargs, compile_config
 ):
     shift = getattr(model.config, "logits_shift", 0)
-    cache = model_kwargs.get(CACHE_NAME)
+    cache, length = model_kwargs.get(CACHE_NAME), canvas.ids.shape[1]
     if cache is not None:
-        cache.target.canvas_length = canvas.shape[1]
+        cache.target.canvas_length = length
+
+    def of(canvas_mask, num_halves: int) -> Denoiser:
+        blocks = None
+        if canvas.attention_block_length is not None:
+            origins = num_halves * canvas.block_origins
+            blocks = AttentionBlocks(canvas.attention_block_length, origins, canvas_mask)
+        images = canvas.images if canvas.images is None or num_halves == 1 else canvas.images.with_rows_without()
+        return Denoiser(model, canvas_mask, cache, shift, compile_config, blocks, canvas.prefix_length, images)
+
     if guidance is None:
-        return Denoiser(model, canvas_mask, cache, shift, compile_config)
-    given = canvas != mask_token_id
-    unconditional, unconditional_mask = torch.full_like(canvas, mask_token_id), canvas_mask
+        return of(canvas.mask, 1)
+    given = canvas.ids != mask_token_id
+    unconditional, unconditional_mask = torch.full_like(canvas.ids, mask_token_id), canvas.mask
     if layout.negative_ids is not None and layout.negative_mask is not None:
-        after = (0, canvas.shape[1] - layout.negative_ids.shape[1])
+        after = (0, length - layout.negative_ids.shape[1])
         unconditional = pad(layout.negative_ids, after, value=mask_token_id)
         unconditional_mask = pad(layout.negative_mask, after, value=1)
-    denoiser = Denoiser(model, torch.cat([canvas_mask, unconditional_mask]), cache, shift, compile_config)
+    denoiser = of(torch.cat([canvas.mask, unconditional_mask]), 2)
     return ClassifierFreeGuidance(denoiser, guidance.guidance_scale, unconditional, given)
+
+
+def _drafter(options: DiffusionOptions, generation_config, mask_token_id: int, generator) -> Drafter:
+    temperature = generation_config.temperature if generation_config.do_sample else None
+    confidence = options.confidence if options.entropy_bound is None else "entropy"
+    return Drafter(mask_token_id, confidence, options.position_temperature, temperature, generator)
 
 
 def _guider(guider, options: DiffusionOptions):
@@ -392,10 +454,15 @@ def _guider(guider, options: DiffusionOptions):
     if guider is None:
         return None
     if options.is_scheduled:
-        scheduled = "schedule" if options.steps is None else "steps"
+        scheduled = next(name for name in SCHEDULED if getattr(options, name) is not None)
         raise ValueError(
             f"`{scheduled}` fixes how many tokens a step writes and a `guider` decides it, got "
             f"{scheduled}={getattr(options, scheduled)}: drop one of them."
+        )
+    if options.editing_threshold is not None:
+        raise ValueError(
+            "`editing_threshold` rewrites tokens that a `guider` has accepted, got "
+            f"editing_threshold={options.editing_threshold}: drop one of them."
         )
     if options.blocks == "adaptive":
         raise ValueError(

@@ -20,6 +20,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "fast-dllm-dual": {"window_policy": "dual", "confidence_threshold": 0.9},
     "adablock": {"window_policy": "dual", "confidence_threshold": 0.9, "blocks": "adaptive"},
     "eb-sampler": {"window_policy": "none", "entropy_bound": 0.1},
+    # Of models with block-causal attention, which recommend them.
+    "sdar": {"window_policy": "freecache", "confidence_threshold": 0.85},
+    "bd3lm": {"window_policy": "freecache", "schedule": "linear"},
+    "llada2": {"window_policy": "freecache", "confidence_threshold": 0.95},
+    "llada2.1": {"window_policy": "freecache", "confidence_threshold": 0.7, "editing_threshold": 0.5},
+    "fast-dllm-v2": {
+        "window_policy": "freecache",
+        "confidence_threshold": 0.9,
+        "block_length": 8,
+        "first_token_alone": True,
+    },
     # With a `guider`, the tokens that it accepts are written; without it, every token that is probable enough.
     "flashdlm": {"window_policy": "freecache"},
 }

@@ -60,6 +60,91 @@ class UniformSchedule:
 
 
 @dataclass(frozen=True)
+class BlockSchedule:
+    r"""
+    The schedule of SDAR and LLaDA2.0: the positions of a block, also those that hold the prompt's last tokens, are
+    divided evenly over its steps; the first steps write one token more each if there is a remainder.
+
+    Args:
+        block_length (`int`): Length of a block.
+        steps (`int`): Denoising steps of each block.
+    """
+
+    block_length: int
+    steps: int
+
+    def __call__(self, row) -> tuple[int, int]:
+        """See [`Schedule`]."""
+        if row.step >= self.steps:
+            return max(row.block_masked, 1), row.step + 1  # as of `UniformSchedule`
+        quota = self.block_length // self.steps + (row.step < self.block_length % self.steps)
+        return max(quota, 1), row.step + 1
+
+
+@dataclass(frozen=True)
+class LinearSchedule:
+    r"""
+    The schedule of dllm's samplers (`LinearAlphaScheduler`, https://github.com/ZHZisZZ/dllm): with timesteps
+    t = (S - i) / S of S steps, step i writes round(m (1 - t[i+1] / t[i])) of the m positions of the block that are
+    masked then. A step that would write nothing is not run.
+
+    Args:
+        steps (`int`): Denoising steps of each block.
+    """
+
+    steps: int
+
+    def __call__(self, row) -> tuple[int, int]:
+        """See [`Schedule`]."""
+        masked = row.masked.count(True, 0, row.block_stop)
+        for step in range(row.step, self.steps):
+            # float32, the way over 1 - t and rounding to even are part of the schedule.
+            now, then = 1 - (1 - torch.tensor([self.steps - step, self.steps - step - 1]) / self.steps)
+            quota = int((masked * (1 - then / now)).round())
+            if quota > 0:
+                return quota, step + 1
+        return max(masked, 1), self.steps
+
+
+@dataclass(frozen=True)
+class ShiftSchedule:
+    r"""
+    LaViDa's schedule (https://arxiv.org/abs/2505.16839, section 3.4): after a share t of a block's steps a share
+    1 - s(1 - t) of its masked positions is written, s(t) = shift t / (1 + (shift - 1) t), at least one at each step.
+    With a shift below 1 much is written at first, with one above 1 at last; with 1 the same at each step.
+
+    Args:
+        steps (`tuple[int, ...]`): Denoising steps of each block; the last number holds for all further ones.
+        shift (`float`): The shift.
+    """
+
+    steps: tuple[int, ...]
+    shift: float = 3.0
+
+    def __call__(self, row) -> tuple[int, int]:
+        """See [`Schedule`]."""
+        steps = self.steps[min(row.block_index, len(self.steps) - 1)]
+        quotas = self._quotas(row.block_masked, min(steps, row.block_masked))
+        # After its last step a block has masks left only if a narrow window hid them: write them at once.
+        return quotas[row.step] if row.step < len(quotas) else max(row.block_masked, 1), row.step + 1
+
+    def share(self, times: torch.Tensor) -> torch.Tensor:
+        """s of the times t, numbers from 0 to 1. A subclass with another s has another schedule."""
+        return self.shift * times / (1 + (self.shift - 1) * times)
+
+    def _quotas(self, masked: int, steps: int) -> list[int]:
+        times = torch.arange(steps + 1, dtype=torch.float32) / max(steps, 1)  # float32 is part of the schedule
+        written = (self.share(times) * masked).long()
+        written[-1] = masked  # which a share of 1 may miss in float32
+        quotas = written.diff().clamp_min(1).tolist()
+        step = 0
+        while sum(quotas) > masked:  # what the minimum of one has added is taken from the steps with more, in turn
+            quotas[step] -= quotas[step] > 1
+            step = (step + 1) % steps
+        return quotas[::-1]
+
+
+@dataclass(frozen=True)
 class TimestepSchedule:
     r"""
     Dream's schedule (`diffusion_generate`, https://github.com/DreamLM/Dream): with timesteps

@@ -22,10 +22,14 @@ class RowEnds:
         eos_token_ids (`Iterable[int]`, *optional*): End tokens; without them rows fill their canvas.
         stopping_criteria (`list`): Criteria of Transformers or of the caller, called with `(ids, None)`.
         skip (`int`): Columns of the canvas that the caller's prompt does not have.
+        limit (`int`, *optional*): A row that is clean up to this position is finished; by default the canvas length.
     """
 
-    def __init__(self, state, prompt_length: int, pad_token_id: int, eos_token_ids=(), stopping_criteria=(), skip=0):
+    def __init__(  # noqa: PLR0913, what a call asks for
+        self, state, prompt_length: int, pad_token_id: int, eos_token_ids=(), stopping_criteria=(), skip=0, limit=None
+    ):
         self.prompt_length, self.pad_token_id, self.skip = prompt_length, pad_token_id, skip
+        self.limit = len(state.rows[0].masked) if limit is None else limit
         self.eos_token_ids = set(eos_token_ids)
         self.stopping_criteria = stopping_criteria
         self.mask_token_id = state.rows[0].tokens[state.rows[0].frontier]
@@ -39,11 +43,11 @@ class RowEnds:
         """For each row the length up to which its text is final, and whether it is finished."""
         before = list(self.clean)
         for row in state.rows:
-            for position in row.written:
+            for position in row.closed:
                 if row.tokens[position] in self.eos_token_ids and position >= self.prompt_length:
                     self.ends[row.index] = min(self.ends[row.index], position + 1)
-            self.clean[row.index] = min(row.frontier, self.ends[row.index])
-            self.finished[row.index] = self.clean[row.index] in (self.ends[row.index], len(row.masked))
+            self.clean[row.index] = min(row.frontier, self.ends[row.index], self.limit)
+            self.finished[row.index] = self.clean[row.index] in (self.ends[row.index], self.limit)
         if self.stopping_criteria:
             self.ask(state, before)
         indices = [row.index for row in state.rows]

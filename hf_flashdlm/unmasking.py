@@ -95,7 +95,7 @@ class Drafter:
         mask_token_id (`int`): Never drafted.
         confidence (`str` or [`Confidence`]): `"probability"` of the drafted token (LLaDA's low_confidence, Dream's
             maskgit_plus), `"margin"` between the two most likely (Dream's topk_margin), `"entropy"`, negated,
-            `"random"`, or an object.
+            `"random"`, `"position"`, the first one being the surest, or an object.
         position_temperature (`float`): Noise on the order of the positions (Dream's alg_temp); 0 is none.
         temperature (`float`, *optional*): The temperature that the scores have been divided by: tokens are drawn. The
             confidence is that of temperature 1, since it would saturate at lower temperatures.
@@ -117,6 +117,10 @@ class Drafter:
             confidence = measure(scores if self.temperature is None else scores * self.temperature)
         elif self.confidence == "random":
             confidence = torch.rand(probability.shape, generator=self.generator, device=scores.device)
+        elif self.confidence == "position":
+            confidence = (
+                -torch.arange(probability.shape[1], device=scores.device).to(probability).expand_as(probability)
+            )
         elif not isinstance(self.confidence, str):
             confidence = self._ask(self.confidence, scores, token_ids, probability)
         if self.position_temperature:
@@ -201,6 +205,48 @@ class MostConfident:
 
 
 @dataclass(frozen=True)
+class TokenEditing:
+    r"""
+    The tokens of a block are open until the block is finished: at every step those that the model would now write
+    otherwise, and is sure of, are replaced (LLaDA2.1, https://huggingface.co/inclusionAI/LLaDA2.1-mini).
+
+    A block is finished when a step that saw no mask in it replaces nothing, or after `max_post_steps` such steps.
+
+    Args:
+        threshold (`float`): A token is replaced by another one of more than this confidence.
+        max_post_steps (`int`): Number of steps of a block that may see no mask in it.
+    """
+
+    threshold: float
+    max_post_steps: int
+
+    def __call__(self, drafts: Drafts, row, chosen: list[int], written: list[int]) -> tuple[list[int], Iterable[int]]:
+        r"""
+        Args:
+            drafts ([`Drafts`]): What the step has drafted for the row.
+            row ([`Row`]): The state of the row.
+            chosen (`list[int]`): The masked positions that the rule has chosen.
+            written (`list[int]`): The open positions that hold a token.
+
+        Returns:
+            `tuple`: All positions to write, in order, and the positions that are final after this step.
+        """
+        block = range(row.frontier, row.block_stop)
+        edits = [
+            position
+            for position in written
+            if position in block
+            and drafts.confidence_of(position) > self.threshold
+            and drafts.token_id(position) != row.tokens[position]
+        ]
+        num_masked = row.masked.count(True, block.start, block.stop)
+        row.block_checks += num_masked == 0
+        is_filled = num_masked == sum(position in block for position in chosen)
+        is_finished = is_filled and (row.block_checks >= self.max_post_steps or (num_masked == 0 and not edits))
+        return sorted({*chosen, *edits}), block if is_finished else ()
+
+
+@dataclass(frozen=True)
 class ConfidenceThreshold(MostConfident):
     """Write every candidate of at least this confidence (Fast-dLLM, https://arxiv.org/abs/2505.22618, algorithm 1)."""
 
@@ -250,3 +296,16 @@ class EntropyBound(MostConfident):
 
     def count(self, confidence: list[float]) -> int:
         return sum(last - total <= self.bound for total, last in zip(accumulate(confidence), confidence, strict=True))
+
+
+@dataclass(frozen=True)
+class EntropyBudget(MostConfident):
+    r"""
+    Write the n positions of least entropy, for the largest n whose summed entropy is below `budget` nats, and at least
+    one (SDAR's entropy_bounded in JetEngine, https://github.com/Labman42/JetEngine). For `confidence="entropy"`.
+    """
+
+    budget: float
+
+    def count(self, confidence: list[float]) -> int:
+        return sum(-total < self.budget for total in accumulate(confidence))

@@ -60,22 +60,34 @@ class WindowPolicy(Protocol):
         ...
 
 
+def _canvas_end(row, grow_length: int | None) -> int:
+    """Where the canvas of a row ends: it grows with the current block, in pieces of `grow_length` if that is given."""
+    return len(row.tokens) if grow_length is None else _rounded(row, row.block_stop, grow_length)
+
+
+def _rounded(row, stop: int, length: int) -> int:
+    """The first position from `stop` on that is a multiple of `length` from the row's origin, within the canvas."""
+    return min(row.block_origin - -(stop - row.block_origin) // length * length, len(row.tokens))
+
+
 @dataclass
 class FullWindow:
     r"""
     Recompute the whole canvas at every step: no cache.
 
     Args:
-        growing (`bool`): The canvas ends with the current block: later positions are not seen.
+        grow_length (`int`, *optional*):
+            The canvas ends with the current block, rounded up to a multiple of this many positions from
+            `row.block_origin` on: later positions are not seen. By default it ends after the generated region.
     """
 
-    growing: bool = False
+    grow_length: int | None = None
     history: int = 0
     synchronous: bool = False
     needs_entropy: bool = False
 
     def __call__(self, row) -> Window:
-        length = row.block_stop if self.growing else len(row.tokens)
+        length = _canvas_end(row, self.grow_length)
         return Window(0, length, length, 0)
 
 
@@ -116,7 +128,7 @@ class FreeCacheWindow:
         right_window (`int`, *optional*): Recompute only this many positions from the frontier on; by default all.
         attend_stale (`bool`): Whether positions right of the window are attended with their last states;
             otherwise they are not seen at all.
-        growing (`bool`): The canvas ends with the current block: later positions are not seen.
+        grow_length (`int`, *optional*): As of [`FullWindow`].
         refresh_blocks (`int`, *optional*): Number of blocks after which everything is recomputed.
         refresh_entropy (`float`, *optional*): Recompute everything after a step that wrote a token whose
             distribution had more entropy than this, in nats.
@@ -127,7 +139,7 @@ class FreeCacheWindow:
     left_margin: int = 0
     right_window: int | None = None
     attend_stale: bool = False
-    growing: bool = False
+    grow_length: int | None = None
     refresh_blocks: int | None = None
     refresh_entropy: float | None = None
     history: int = field(init=False)
@@ -139,21 +151,56 @@ class FreeCacheWindow:
 
     def __call__(self, row) -> Window:
         refresh = self._refresh(row)
-        length = row.block_stop if self.growing else len(row.tokens)
-        pieces = (row.frontiers[self.freeze_lag] - row.prompt_length) // self.freeze_length
-        frozen = row.prompt_length + pieces * self.freeze_length - self.left_margin
+        length = _canvas_end(row, self.grow_length)
+        pieces = (row.frontiers[self.freeze_lag] - row.block_origin) // self.freeze_length
+        frozen = row.block_origin + pieces * self.freeze_length - self.left_margin
         # For a row that waits at the end of a growing canvas, its last position is fed.
         lo = 0 if refresh else max(min(frozen, length - 1), 0)
         # A block that a growing canvas has just reached has no stale states yet.
-        unseen = refresh or (self.growing and self.attend_stale and row.block_nfe == 0)
+        unseen = refresh or (self.grow_length is not None and self.attend_stale and row.block_nfe == 0)
         is_cut = self.right_window is not None and not unseen
-        hi = min(row.frontier + self.right_window, length) if is_cut else length
+        hi = min(_rounded(row, row.frontier + self.right_window, self.grow_length or 1), length) if is_cut else length
         return Window(lo, hi, length if self.attend_stale else hi, lo)
 
     def _refresh(self, row) -> bool:
         enters = self.refresh_blocks is not None and row.block_nfe == 0 and row.block_index % self.refresh_blocks == 0
         unsure = self.refresh_entropy is not None and row.written_entropy > self.refresh_entropy
         return row.nfe == 0 or enters or unsure
+
+
+@dataclass
+class SubBlockWindow:
+    r"""
+    The sub-block cache of Fast-dLLM v2 (https://arxiv.org/abs/2509.26328, section 3.3), for models with block-causal
+    attention: finished attention blocks are frozen. Of the current attention block all is recomputed until the first
+    position of the block being unmasked is written, then only that block; the rest is attended with its last states.
+
+    Args:
+        block_length (`int`): Length of the blocks that are unmasked.
+        attention_block_length (`int`): Length of the attention blocks, a multiple of it.
+    """
+
+    block_length: int
+    attention_block_length: int
+    history: int = 1
+    synchronous: bool = False
+    needs_entropy: bool = False
+
+    def __call__(self, row) -> Window:
+        length = _canvas_end(row, self.attention_block_length)
+        begin, seen, whole = (
+            row.block_origin + (position - row.block_origin) // multiple * multiple
+            for position, multiple in (
+                (row.block_start, self.block_length),
+                (row.frontiers[1], self.attention_block_length),
+                (row.frontier, self.attention_block_length),
+            )
+        )
+        has_states = row.nfe > 0 and seen == whole and row.frontiers[1] > whole
+        if has_states and not row.masked[begin]:
+            return Window(begin, row.block_stop, length, max(seen, 0))
+        lo = 0 if row.nfe == 0 else max(seen, 0)
+        return Window(lo, length, length, lo)
 
 
 @dataclass

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from hf_flashdlm import ARGuider
 from hf_flashdlm.bench.machine import Ceilings
 from hf_flashdlm.cli.bench import add_commands
-from hf_flashdlm.cli.main import Parser
+from hf_flashdlm.cli.command import Parser
 from hf_flashdlm.compiling import cache_name
 from hf_flashdlm.denoising_loop import DenoisingState
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import re
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
-from hf_flashdlm import FreeCache, diffusion_generate, make_bidirectional, make_block_causal
+from hf_flashdlm import FreeCache, make_bidirectional, make_block_causal
 from hf_flashdlm.block_causal import block_causal_mask, for_backend
 from hf_flashdlm.compiling import CACHE_NAME
 
@@ -339,13 +338,3 @@ def test_attention_that_takes_no_such_mask_is_refused():
         "`attn_implementation` must be 'sdpa' or 'eager' for block-causal attention, got 'flex_attention': load the "
         "model with one of them."
     )
-
-
-def test_generate_refuses_block_causal_attention_until_it_can_decode_it():
-    model = make_block_causal(decoder(), 4)
-    message = (
-        "`model` must attend to the whole canvas, got Qwen3ForCausalLM with block-causal attention, which `generate` "
-        "cannot decode yet: call its forward, or decode it with its own code."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message.replace('Qwen3', 'FlashDLMQwen3'))}$"):
-        diffusion_generate(model, canvas(1, 4), max_new_tokens=4, mask_token_id=63)

@@ -129,7 +129,9 @@ def test_a_name_that_leads_nowhere_is_refused(checkpoint, option, name):
 
 
 def test_an_autoregressive_model_is_no_diffusion_model():
-    with pytest.raises(ValueError, match="`--model` must be a diffusion model of type llada or Dream, got type '"):
+    with pytest.raises(
+        ValueError, match="`--model` must be a diffusion model, got .* with `model_type` 'llama': there"
+    ):
         Checkpoint.load(str(TINY / "guider"))
 
 

@@ -165,6 +165,21 @@ def test_experts_tell_llada_moe_from_llada(checkpoint):
     assert config.hidden_act == "relu" and unused == {"other": 1}
 
 
+def test_a_checkpoint_of_llada_is_not_loaded_with_the_class_of_the_other_kind(checkpoint):
+    with pytest.raises(ValueError) as error:
+        hf_flashdlm.LLaDAModelLM.from_pretrained(GOLDENS / FOLDERS["llada_moe"])
+    assert str(error.value) == (
+        "`config` must be that of a dense LLaDA, got a LLaDAMoEConfig, which counts experts: load the checkpoint with "
+        "`LLaDAMoEModelLM` or `AutoModelForCausalLM`."
+    )
+    with pytest.raises(ValueError) as error:
+        hf_flashdlm.LLaDAMoEModelLM.from_pretrained(GOLDENS.parent / "model_llada")
+    assert str(error.value) == (
+        "`num_experts` must be given for a LLaDA-MoE, got a config.json without it: load a dense LLaDA with "
+        "`LLaDAModelLM` or `AutoModelForCausalLM`."
+    )
+
+
 def test_moe_fields_are_offered_under_the_names_of_transformers():
     config = hf_flashdlm.LLaDAMoEConfig(moe_intermediate_size=24, intermediate_size=48)
     assert (config.expert_intermediate_size, config.dense_intermediate_size) == (24, 48)

@@ -193,7 +193,7 @@ def test_rows_of_synchronous_blocks_wait_for_each_other(decode, synchronous, exp
     assert [last[row].nfe for row in (0, 1)] == [len(expected), 3], "a row that waits counts its forwards"
 
 
-@pytest.mark.parametrize("window", [FullWindow(True), BlockWindow(False), BlockWindow(True), FreeCacheWindow(2, 0)])
+@pytest.mark.parametrize("window", [FullWindow(1), BlockWindow(False), BlockWindow(True), FreeCacheWindow(2, 0)])
 def test_the_window_policy_decides_the_cost_and_not_the_word(decode, window):
     steps, last = decode(
         "p____", words=["pword"], order=["95689"], prompt_length=1, blocks=Blocks(FixedBlocks(2)), window=window

@@ -193,13 +193,24 @@ REFUSALS = {
         )
         for rule in ("confidence_threshold", "factor", "frechet_delta", "entropy_bound")
     },
+    "steps-per-block-and-steps": Refusal(
+        "`steps_per_block` counts the steps of a block and `steps` those of the whole region, got 2 and 8: drop one "
+        "of them.",
+        dict(steps_per_block=2, steps=8),
+    ),
+    "steps-per-block-and-timesteps": Refusal(
+        "`steps_per_block` counts the steps of a block and `schedule` those of the whole region, got 2 and "
+        "'timesteps': drop one of them.",
+        dict(steps_per_block=2, schedule="timesteps"),
+    ),
     "empty-steps-of-timesteps": Refusal(
         "`run_empty_steps` belongs to schedule='timesteps', got schedule=None: drop it.", dict(run_empty_steps=True)
     ),
     **{
         f"method-{value}": Refusal(
             "`method` must be one of llada, dream, dkv-cache, freecache, fast-dllm, fast-dllm-prefix, "
-            f"fast-dllm-dual, adablock, eb-sampler, flashdlm, got {value!r}.",
+            "fast-dllm-dual, adablock, eb-sampler, sdar, bd3lm, llada2, llada2.1, fast-dllm-v2, flashdlm, got "
+            f"{value!r}.",
             dict(method=value),
         )
         for value in ("fast", 3)
@@ -262,12 +273,12 @@ REFUSALS = {
     },
     **{
         f"{name}-{value}": number(name, "an integer", "of at least 0", value)
-        for name in ("freeze_lag", "left_margin", "mask_token_id")
+        for name in ("freeze_lag", "left_margin", "mask_token_id", "prompt_tail")
         for value in (-1, 1.5)
     },
     **{
         f"{name}-{value}": number(name, "a number", "of at least 0", value)
-        for name in ("position_temperature", "factor", "entropy_bound", "refresh_entropy")
+        for name in ("position_temperature", "factor", "entropy_bound", "refresh_entropy", "schedule_shift")
         for value in (-0.1, "high")
     },
     **{
@@ -277,8 +288,34 @@ REFUSALS = {
     },
     "window_policy": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", "fast"),
     "window_policy-None": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", None),
-    "confidence": choice("confidence", "probability, margin, entropy, random", "Confidence", "low_confidence"),
-    "schedule": choice("schedule", "uniform, timesteps", "Schedule", "cosine"),
+    "confidence": choice(
+        "confidence", "probability, margin, entropy, random, position", "Confidence", "low_confidence"
+    ),
+    "schedule": choice("schedule", "uniform, timesteps, linear, shift", "Schedule", "cosine"),
+    "schedule_shift-0": Refusal("`schedule_shift` must be a number above 0, got 0.", dict(schedule_shift=0)),
+    # A prompt that is computed by itself.
+    "prompt-tail-alone": Refusal(
+        "`prompt_tail` belongs to prefix_lm=True, got 2 and prefix_lm=False: drop it.", dict(prompt_tail=2)
+    ),
+    **{
+        f"prompt-tail-{value}": Refusal(
+            "`prompt_tail` must be shorter than each prompt, the shortest of which has 4 tokens, got "
+            f"{value}: lower it.",
+            dict(prefix_lm=True, prompt_tail=value),
+        )
+        for value in (4, 9)
+    },
+    "prompt-tail-of-an-uneven-batch": Refusal(
+        "`prompt_tail` must be shorter than each prompt, the shortest of which has 2 tokens, got 2: lower it.",
+        dict(prefix_lm=True, prompt_tail=2, attention_mask=lambda: torch.tensor([[1, 1, 1], [0, 1, 1]])),
+        prompt=[[5, 6, 7], [0, 5, 6]],
+    ),
+    "prefix-of-masks": Refusal(
+        "`prefix_lm` computes the first 3 positions before anything is written, got mask tokens among them: drop it, "
+        "or raise `prompt_tail`.",
+        dict(prefix_lm=True, prompt_tail=1),
+        prompt=[[5, MASK, 200, MASK]],
+    ),
     # Options of other window policies.
     **{
         f"{name}-of-freecache": belongs(name, "'freecache'", value, "dual")

@@ -1,6 +1,7 @@
 """The layout: which module may import which, and what exported modules must not do."""
 
 import ast
+import importlib
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -17,21 +18,31 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_")))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "data_collator", "tokenization_dream", "unsupported", "version"}
+PACKAGE_ONLY = {
+    "__init__",
+    "__main__",
+    "data_collator",
+    "log_likelihood",
+    "prompting",
+    "tokenization_dream",
+    "unsupported",
+    "version",
+}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
-    "cache canvas_processors compiling configuration_diffusion configuration_dream diffusion_loss generation_output "
-    "guider_gate methods schedule streaming synchronizing tokenization_dream unmasking unsupported version windows",
-    "block_causal blocks configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
-    "configuration_open_dcoder configuration_sdar data_collator denoiser generation_config guider_reader stopping",
-    "configuration_llada",
-    "denoising_loop generation_inputs guider_text",
-    "guider parts",
+    "cache canvas_processors compiling configuration_dream diffusion_loss generation_output guider_gate images "
+    "methods schedule streaming synchronizing tokenization_dream unmasking unsupported version windows",
+    "blocks configuration_diffusion data_collator generation_config guider_reader stopping",
+    "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
+    "configuration_open_dcoder configuration_sdar",
+    "configuration_llada denoiser denoising_loop generation_inputs guider_text",
+    "configuration_lavida guider log_likelihood parts",
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",
-    "modeling_a2d modeling_fast_dllm_v2 modeling_llada2 modeling_llada_moe modeling_open_dcoder modeling_sdar",
-    "__init__",
+    "modeling_a2d modeling_fast_dllm_v2 modeling_lavida modeling_llada2 modeling_llada_moe modeling_open_dcoder "
+    "modeling_sdar",
+    "__init__ prompting",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
@@ -43,7 +54,13 @@ FOLDERS = {
     "hub": {"tiny"},
     "tiny": set(),
 }
-REACHES_UP = {"__init__": {"console/display"}, "__main__": {"cli/main"}}
+REACHES_UP = {
+    "__init__": {"console/display"},
+    "__main__": {"cli/__init__"},
+    "prompting": {"console/checkpoint"},
+}
+# What a folder gives to users by its own name. An import in the others would cause a cycle through `CanvasStreamer`.
+FACADES = {"cli": ["main"], "hub": ["export_code", "export_guider", "export_model", "export_strategy", "push"]}
 
 
 def exported():
@@ -113,11 +130,17 @@ def test_arrows_between_folders(name):
     assert {folder(module) for module in imports(name)} <= FOLDERS[folder(name)] | {folder(name), ""}
 
 
-@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"tiny"}))
+@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"tiny"} - FACADES.keys()))
 def test_a_folder_of_tools_has_an_init_of_one_docstring(name):
-    # A name in it would hide the module of that name, and an import would cause a cycle through `CanvasStreamer`.
     statements = ast.parse(MODULES[f"{name}/__init__"].read_text(encoding="utf-8")).body
     assert len(statements) == 1
+
+
+@pytest.mark.parametrize("name", FACADES)
+def test_what_users_import_from_a_folder_is_not_hidden_by_a_module(name):
+    given = importlib.import_module(f"hf_flashdlm.{name}")
+    assert given.__all__ == FACADES[name]
+    assert all(callable(getattr(given, each)) and f"{name}/{each}" not in MODULES for each in given.__all__)
 
 
 def test_there_is_no_circle():

@@ -229,7 +229,9 @@ OTHER_THAN_DEFAULT = [
     {"entropy_bound": 0.5, "position_temperature": 0.5, "synchronize_blocks": True, "window_policy": "none"},
     {"frechet_delta": 0.5},
     {"method": "fast-dllm-dual"},
+    {"steps_per_block": 4, "editing_threshold": 0.5, "max_post_steps": 3, "first_token_alone": True},
     {"blocks": "adaptive", "delimiter_token_ids": [3], "delimiter_threshold": 0.5, "delimiter_window": 8},
+    {"schedule": "shift", "schedule_shift": 0.5, "prefix_lm": True, "prompt_tail": 2},
 ]
 
 
@@ -286,7 +288,7 @@ def test_the_names_of_other_implementations_are_none_of_ours():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_sets_only_what_makes_a_method(name):
-    assert set(METHODS[name]) <= set(METHOD_OPTIONS)
+    assert set(METHODS[name]) <= {*METHOD_OPTIONS, "block_length"}
     DiffusionOptions(method=name, **METHODS[name] | ({"delimiter_token_ids": 3} if name == "adablock" else {}))
 
 

@@ -287,7 +287,7 @@ def test_an_object_is_refused_in_a_generation_config(tiny, tmp_path):
 # Named methods
 
 
-@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"adablock"}))
+@pytest.mark.parametrize("name", sorted(METHODS.keys() - {"adablock", "fast-dllm-v2"}))
 def test_a_method_decodes_as_its_line_of_settings(tiny, decode, name):
     settings = METHODS[name]
     plain = FILLED if settings.get("blocks") != "whole" else FILLED | {"block_length": None}

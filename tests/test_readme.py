@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_flashdlm import METHODS, DiffusionOptions
 from hf_flashdlm.bench.comparison import report_comparison
-from hf_flashdlm.cli.main import make_parser
+from hf_flashdlm.cli.command import make_parser
 from hf_flashdlm.tiny import FOLDER
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_flashdlm.schedule import MinimumSchedule, TimestepSchedule, UniformSchedule, split_steps
+from hf_flashdlm.schedule import MinimumSchedule, ShiftSchedule, TimestepSchedule, UniformSchedule, split_steps
 
 
 @pytest.fixture(scope="session")
@@ -143,3 +143,29 @@ def test_the_share_of_a_block_is_that_of_all_masks(at):
     """Half of the 16 masks in two blocks of 8 are due in the middle of the timesteps: the whole first block."""
     assert TimestepSchedule((1, 1))(at(16, 8, step=0))[0] == 8
     assert TimestepSchedule((2, 2))(at(16, 8, step=0))[0] == 3, "int(16 * 0.24975)"
+
+
+# LaViDa
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "shift", "expected"),
+    [
+        (8, 4, 1.0, [2, 2, 2, 2]),
+        (24, 4, 3.0, [3, 3, 6, 12]),
+        (24, 4, 1 / 3, [12, 6, 4, 2]),
+        (3, 9, 3.0, [1, 1, 1]),
+    ],
+)
+def test_a_shift_moves_tokens_to_the_last_or_the_first_steps(counts, length, steps, shift, expected):
+    assert counts(ShiftSchedule((steps,), shift), [length]) == [expected]
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.floats(0.05, 20))
+def test_the_shifted_counts_of_a_block_sum_to_its_masks(at, length, steps, shift):
+    quotas = [ShiftSchedule((steps,), shift)(at(length, length, step))[0] for step in range(min(steps, length))]
+    assert sum(quotas) == length and min(quotas) >= 1
+
+
+def test_a_narrow_window_leaves_no_mask_to_a_shift(at):
+    assert ShiftSchedule((2,))(at(3, 3, step=2)) == (3, 3)

@@ -46,11 +46,11 @@ def numbers(window):
     # Each window is (lo, hi, attended, frozen): at the first step, on entering the second block, within it.
     [
         (FullWindow(), (0, 10, 10, 0), (0, 10, 10, 0), (0, 10, 10, 0)),
-        (FullWindow(growing=True), (0, 7, 7, 0), (0, 10, 10, 0), (0, 10, 10, 0)),
+        (FullWindow(grow_length=1), (0, 7, 7, 0), (0, 10, 10, 0), (0, 10, 10, 0)),
         (BlockWindow(dual=False), (0, 10, 10, 0), (0, 10, 10, 0), (7, 10, 10, 0)),
         (BlockWindow(dual=True), (0, 10, 10, 0), (0, 10, 10, 0), (7, 10, 10, 0)),
         (FREECACHE, (0, 10, 10, 0), (4, 10, 10, 4), (7, 10, 10, 7)),
-        (replace(FREECACHE, growing=True), (0, 7, 7, 0), (4, 10, 10, 4), (7, 10, 10, 7)),
+        (replace(FREECACHE, grow_length=1), (0, 7, 7, 0), (4, 10, 10, 4), (7, 10, 10, 7)),
         (replace(FREECACHE, refresh_blocks=1), (0, 10, 10, 0), (0, 10, 10, 0), (7, 10, 10, 7)),
         (DKVWindow(refresh_steps=8), (0, 10, 10, 0), (0, 10, 10, 0), (0, 10, 10, 0)),
     ],
@@ -104,17 +104,17 @@ def test_the_right_window_prunes_what_is_after_it_or_reads_its_old_states(at, st
 
 
 def test_a_growing_canvas_ends_with_the_block(at):
-    assert numbers(replace(FREECACHE, growing=True)(at(5, 4))) == (4, 7, 7, 4)
-    assert numbers(FullWindow(growing=True)(at(5))) == (0, 7, 7, 0)
+    assert numbers(replace(FREECACHE, grow_length=1)(at(5, 4))) == (4, 7, 7, 4)
+    assert numbers(FullWindow(grow_length=1)(at(5))) == (0, 7, 7, 0)
 
 
 def test_a_row_that_waits_at_the_end_of_a_growing_canvas_is_fed_a_position(at):
-    window = replace(FREECACHE, growing=True)(at(7, 7, block_index=0, block_start=4, block_stop=7, block_nfe=3))
+    window = replace(FREECACHE, grow_length=1)(at(7, 7, block_index=0, block_start=4, block_stop=7, block_nfe=3))
     assert numbers(window) == (6, 7, 7, 6)
 
 
 def test_a_block_that_a_growing_canvas_has_just_reached_is_computed_before_it_is_attended(at):
-    policy = replace(FREECACHE, growing=True, right_window=1, attend_stale=True)
+    policy = replace(FREECACHE, grow_length=1, right_window=1, attend_stale=True)
     assert numbers(policy(at(7, 7, block_nfe=0))) == (7, 10, 10, 7), "its states cannot be stale: there are none"
     assert numbers(policy(at(7, 7, block_nfe=1))) == (7, 8, 10, 7)
     assert numbers(replace(policy, attend_stale=False)(at(7, 7, block_nfe=0))) == (7, 8, 8, 7)
@@ -235,14 +235,14 @@ freecaches = st.builds(
     left_margin=st.sampled_from([0, 0, 1, 5]),
     right_window=st.sampled_from([None, None, 1, 3]),
     attend_stale=st.booleans(),
-    growing=st.booleans(),
+    grow_length=st.sampled_from([None, 1, 3]),
     refresh_blocks=st.none() | st.integers(1, 3),
     refresh_entropy=st.none() | st.just(1.09),
 )
 policies = (
     freecaches  # twice, because it has the most settings
     | freecaches
-    | st.builds(FullWindow, growing=st.booleans())
+    | st.builds(FullWindow, grow_length=st.sampled_from([None, 1, 3]))
     | st.builds(BlockWindow, dual=st.booleans())
     | st.builds(DKVWindow, refresh_steps=st.integers(1, 4))
 )
