@@ -44,12 +44,12 @@ from .modeling_llada2 import LLaDA2MoeModelLM
 from .modeling_llada_moe import LLaDAMoEModelLM
 from .modeling_open_dcoder import OpenDCoderModel
 from .modeling_sdar import SDARForCausalLM, SDARMoeForCausalLM
-from .schedule import Schedule
+from .schedule import BlockSchedule, LinearSchedule, Schedule, ShiftSchedule
 from .tokenization_dream import DreamTokenizer
-from .unmasking import Confidence, Drafts, MostConfident, UnmaskingRule
+from .unmasking import Confidence, Drafts, EntropyBudget, MostConfident, TokenEditing, UnmaskingRule
 from .unsupported import REFUSED
 from .version import __version__
-from .windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow, Window, WindowPolicy
+from .windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow, SubBlockWindow, Window, WindowPolicy
 
 
 __all__ = [
@@ -63,6 +63,7 @@ __all__ = [
     "ARGuider",
     "AdaptiveBlocks",
     "BlockPolicy",
+    "BlockSchedule",
     "BlockWindow",
     "CanvasProcessor",
     "CanvasStreamer",
@@ -75,6 +76,7 @@ __all__ = [
     "DreamConfig",
     "DreamModel",
     "DreamTokenizer",
+    "EntropyBudget",
     "Fast_dLLM_QwenConfig",
     "Fast_dLLM_QwenForCausalLM",
     "FixedBlocks",
@@ -90,6 +92,7 @@ __all__ = [
     "LLaDAModelLM",
     "LavidaDreamConfig",
     "LavidaLLaDAConfig",
+    "LinearSchedule",
     "LlavaDreamForMaskedDiffusion",
     "LlavaLladaForMaskedDiffusion",
     "LogLikelihoodOutput",
@@ -102,6 +105,9 @@ __all__ = [
     "SDARMoeConfig",
     "SDARMoeForCausalLM",
     "Schedule",
+    "ShiftSchedule",
+    "SubBlockWindow",
+    "TokenEditing",
     "UnmaskingRule",
     "Window",
     "WindowPolicy",

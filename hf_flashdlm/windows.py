@@ -188,15 +188,18 @@ class SubBlockWindow:
 
     def __call__(self, row) -> Window:
         length = _canvas_end(row, self.attention_block_length)
+        last = row.block_stop - 1
         begin, seen, whole = (
-            row.block_origin + (position - row.block_origin) // multiple * multiple
+            row.block_origin + (min(position, last) - row.block_origin) // multiple * multiple
             for position, multiple in (
                 (row.block_start, self.block_length),
                 (row.frontiers[1], self.attention_block_length),
                 (row.frontier, self.attention_block_length),
             )
         )
-        has_states = row.nfe > 0 and seen == whole and row.frontiers[1] > whole
+        # A row that waits for others at the end of its block recomputes the attention block with its last tokens.
+        waits = row.frontier > last
+        has_states = row.nfe > 0 and seen == whole and row.frontiers[1] > whole and not waits
         if has_states and not row.masked[begin]:
             return Window(begin, row.block_stop, length, max(seen, 0))
         lo = 0 if row.nfe == 0 else max(seen, 0)

@@ -1,11 +1,21 @@
 """Schedules: how many tokens a step writes, and that a block is never left with masks."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_flashdlm.schedule import MinimumSchedule, ShiftSchedule, TimestepSchedule, UniformSchedule, split_steps
+from hf_flashdlm.schedule import (
+    BlockSchedule,
+    LinearSchedule,
+    MinimumSchedule,
+    ShiftSchedule,
+    TimestepSchedule,
+    UniformSchedule,
+    split_steps,
+)
 
 
 @pytest.fixture(scope="session")
@@ -13,7 +23,9 @@ def at(start):
     """`at(masked, block_masked, step, block=0)`: a row with `masked` masks; its block began with `block_masked`."""
 
     def at(masked, block_masked, step, block=0):
-        state = start("p" + "_" * masked, block_masked=[block_masked], step=[step], block_index=[block])
+        block_stop = 1 + block_masked  # of a block at its first step
+        fields = {"block_masked": block_masked, "step": step, "block_index": block, "block_stop": block_stop}
+        state = start("p" + "_" * masked, **{name: [value] for name, value in fields.items()})
         return state.rows[0]
 
     return at
@@ -85,13 +97,58 @@ def test_each_block_has_its_own_steps(counts):
     assert counts(UniformSchedule((2, 1)), [4, 4]) == [[2, 2], [4]]
 
 
-@pytest.mark.parametrize("schedule", [UniformSchedule((2, 2)), TimestepSchedule((2, 2))])
+@pytest.mark.parametrize(
+    "schedule", [UniformSchedule((2, 2)), BlockSchedule(4, 2), LinearSchedule(2), TimestepSchedule((2, 2))]
+)
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("late", [0, 1, 5])
 def test_masks_left_after_the_last_step_of_a_block_are_written_at_once(at, schedule, block, late):
     """A narrow window can hide them from the last step."""
     quota, next_step = schedule(at(3, 4, step=2 + late, block=block))
     assert quota >= 3 and next_step >= 2
+
+
+# SDAR and LLaDA2.0
+
+
+@pytest.mark.parametrize(
+    ("length", "steps", "masked", "expected"),
+    [
+        (8, 3, 8, [3, 3, 2]),
+        (8, 3, 5, [3, 2]),  # the prompt has three positions of the block, and the quotas are those of all eight
+        (8, 8, 3, [1, 1, 1]),
+        (4, 6, 4, [1, 1, 1, 1]),
+    ],
+)
+def test_all_positions_of_a_block_are_divided_over_its_steps(counts, length, steps, masked, expected):
+    assert counts(BlockSchedule(length, steps), [masked]) == [expected]
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_a_whole_block_of_sdar_is_divided_as_one_of_llada(counts, length, steps):
+    assert counts(BlockSchedule(length, steps), [length]) == counts(UniformSchedule((steps,)), [length])
+
+
+# dllm
+
+
+@pytest.mark.parametrize(
+    ("masked", "steps", "expected"),
+    [
+        (32, 12, [3, 3, 3, 3, 3, 2, 3, 2, 3, 2, 3, 2]),
+        (8, 5, [2, 2, 1, 2, 1]),  # 8 / 5, 6 / 4 and 4 / 3 to the nearest integer, halves to the even one
+        (2, 8, [1, 1]),  # steps that would write nothing are not run
+        (5, 1, [5]),
+    ],
+)
+def test_a_linear_schedule_rounds_what_is_due(counts, masked, steps, expected):
+    assert counts(LinearSchedule(steps), [masked]) == [expected]
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_a_linear_schedule_writes_a_block_in_its_steps(counts, masked, steps):
+    (written,) = counts(LinearSchedule(steps), [masked])
+    assert sum(written) == masked and min(written) >= 1 and len(written) <= steps
 
 
 # Dream
@@ -165,6 +222,12 @@ def test_a_shift_moves_tokens_to_the_last_or_the_first_steps(counts, length, ste
 def test_the_shifted_counts_of_a_block_sum_to_its_masks(at, length, steps, shift):
     quotas = [ShiftSchedule((steps,), shift)(at(length, length, step))[0] for step in range(min(steps, length))]
     assert sum(quotas) == length and min(quotas) >= 1
+
+
+@given(st.integers(1, 64), st.integers(1, 64), st.floats(0.05, 20), st.floats(0.05, 20))
+def test_with_a_larger_shift_tokens_are_written_later(counts, length, steps, one, other):
+    soon, late = (counts(ShiftSchedule((steps,), shift), [length])[0] for shift in sorted([one, other]))
+    assert all(a >= b for a, b in zip(accumulate(soon), accumulate(late), strict=True))
 
 
 def test_a_narrow_window_leaves_no_mask_to_a_shift(at):

@@ -13,8 +13,10 @@ from hf_flashdlm.unmasking import (
     Drafter,
     Drafts,
     EntropyBound,
+    EntropyBudget,
     FrechetProfile,
     MostConfident,
+    TokenEditing,
     draft,
     margin,
     negative_entropy,
@@ -176,6 +178,9 @@ def test_noise_on_the_positions_grows_with_its_temperature():
         (EntropyBound(1.0), [-0.5, -0.5, -0.6], 3),  # the largest is left out: 0, 0.5, 1.0
         (EntropyBound(1.0), [-0.6, -0.6, -0.7], 2),  # 0, 0.6, 1.2
         (EntropyBound(0.0), [-2.0, -2.0], 1),
+        (EntropyBudget(1.5), [-0.5, -0.5, -0.5], 2),  # 0.5, 1.0, and 1.5 is not below the budget
+        (EntropyBudget(1.5), [-0.5, -0.6, -0.6], 2),  # 0.5, 1.1, 1.7
+        (EntropyBudget(0.5), [-2.0, -2.0], 0),
     ],
 )
 def test_a_rule_by_hand(rule, confidence, count):
@@ -207,6 +212,10 @@ def entropy_count(confidence, bound):
     return max(fits, default=0)
 
 
+def budget_count(confidence, budget):
+    return sum(-sum(confidence[:n]) < budget for n in range(1, len(confidence) + 1))
+
+
 @pytest.mark.parametrize(
     ("rule", "count", "sign"),
     [
@@ -214,6 +223,7 @@ def entropy_count(confidence, bound):
         (ConfidenceFactor, factor_count, 1),
         (FrechetProfile, frechet_count, 1),
         (EntropyBound, entropy_count, -1),
+        (EntropyBudget, budget_count, -1),
     ],
 )
 @given(st.lists(st.integers(0, 64), min_size=1, max_size=6), st.integers(0, 64))
@@ -260,6 +270,10 @@ def test_a_rule_writes_at_least_the_quota(quota, expected):
     assert select([0.1, 0.9, 0.8, 0.0], [1, 1, 1, 1], quota, ConfidenceThreshold(0.8)) == expected
 
 
+def test_a_budget_below_every_entropy_writes_the_surest_token():
+    assert select([-3.0, -2.0, -4.0], [1, 1, 1], 1, EntropyBudget(0.5)) == [1]
+
+
 def test_many_ties_go_to_the_lower_positions():
     assert select([0.5] * 300, [1] * 300, 100) == list(range(100)), "an unstable sort would mix them up"
 
@@ -278,3 +292,54 @@ def test_no_better_candidate_is_left_out(positions, quota, rule):
     assert len(chosen) == at_least if type(rule) is MostConfident else len(chosen) >= at_least
     left_out = set(able) - set(chosen)
     assert all((confidence[best], -best) > (confidence[other], -other) for best in chosen for other in left_out)
+
+
+# Token editing
+
+
+@pytest.fixture
+def edit(start):
+    """
+    `edit(editing, "ab_d", "xbcz", confidence)`: what is written, and what is final, in a block of four that holds
+    the first text, where the second is drafted; `checks` steps before this one have seen no mask in it.
+    """
+
+    def edit(editing, text, drafted, confidence, checks=0):
+        fields = {"frontiers": [0, 0], "block_stop": 4, "block_checks": checks}
+        (row,) = start(text + "e_", **{name: [value] for name, value in fields.items()}).rows
+        masks = [place for place in range(4) if text[place] == "_"]
+        drafts = Drafts(range(5), [ord(letter) for letter in drafted + "y"], [*confidence, 1.0], masks)
+        written = [place for place in range(5) if place not in masks]
+        chosen, final = editing(drafts, row, masks, written)
+        return chosen, list(final)
+
+    return edit
+
+
+EDITING = TokenEditing(threshold=0.5, max_post_steps=2)
+BLOCK = [0, 1, 2, 3]
+
+
+def test_tokens_of_the_block_are_replaced_by_others_that_are_sure(edit):
+    """`b` is drafted again, `z` is not sure enough, and position 4 is of the next block."""
+    chosen, final = edit(EDITING, "ab_d", "xbcz", [0.51, 0.9, 0.1, 0.5])
+    assert chosen == [0, 2] and final == [], "the tokens that were just written have not been checked"
+
+
+@pytest.mark.parametrize(
+    ("drafted", "checks", "chosen", "final"),
+    [
+        ("abcd", 0, [], BLOCK),  # nothing is replaced
+        ("xbcd", 0, [0], []),  # the new token has not been checked
+        ("xbcd", 1, [0], BLOCK),  # the second check is the last
+    ],
+)
+def test_a_block_is_finished_by_a_check_that_replaces_nothing_or_by_the_last_check(
+    edit, drafted, checks, chosen, final
+):
+    assert edit(EDITING, "abcd", drafted, [0.9] * 4, checks) == (chosen, final)
+
+
+def test_without_checks_a_block_is_finished_by_its_last_mask(edit):
+    assert edit(TokenEditing(0.5, 0), "ab_d", "abcd", [0.9] * 4) == ([2], BLOCK)
+    assert edit(TokenEditing(0.5, 0), "ab_d", "xbcd", [0.9] * 4) == ([0, 2], BLOCK)

@@ -12,7 +12,7 @@ from hf_flashdlm.blocks import Blocks, FixedBlocks
 from hf_flashdlm.denoising_loop import Method, denoise
 from hf_flashdlm.schedule import MinimumSchedule
 from hf_flashdlm.unmasking import MostConfident
-from hf_flashdlm.windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow
+from hf_flashdlm.windows import BlockWindow, DKVWindow, FreeCacheWindow, FullWindow, SubBlockWindow
 
 
 PROMPT, BLOCK, LENGTH = 4, 3, 10  # pppp|___|___
@@ -157,6 +157,35 @@ def test_dkv_recomputes_masks_themselves_after_the_first_forward(at, nfe, expect
     assert DKVWindow(8)(at(5, nfe=nfe, block_nfe=1)).include_scored is expected
 
 
+@pytest.mark.parametrize(
+    ("frontiers", "nfe", "expected"),
+    [
+        ((4, 0), 0, (0, 10, 10, 0)),  # the prompt and the whole attention block
+        ((5, 4), 1, (4, 10, 10, 4)),  # no forward has seen the first token
+        ((6, 5), 2, (4, 7, 10, 4)),  # the block alone
+        ((7, 6), 3, (4, 10, 10, 4)),  # the first position of the second block is a mask
+        ((8, 7), 4, (7, 10, 10, 4)),
+        ((10, 9), 5, (4, 16, 16, 4)),  # the finished attention block for the last time, with the next
+        ((11, 10), 6, (10, 16, 16, 10)),
+        ((12, 11), 7, (10, 13, 16, 10)),
+    ],
+)
+def test_the_sub_block_cache_recomputes_a_block_alone_once_it_has_states_and_a_token(start, frontiers, nfe, expected):
+    """Attention blocks of 6 from position 4 on, pppp|___ ___|___ ___, unmasked in halves."""
+    text = "p" * frontiers[0] + "_" * (16 - frontiers[0])
+    (row,) = start(text, prompt_length=PROMPT, frontiers=[list(frontiers)], nfe=[nfe]).rows
+    Blocks(FixedBlocks(BLOCK)).enter([row])
+    assert numbers(SubBlockWindow(BLOCK, 2 * BLOCK)(row)) == expected
+
+
+@pytest.mark.parametrize("frontiers", [(10, 9), (10, 10)])
+def test_a_row_that_waits_at_the_end_of_an_attention_block_recomputes_it_with_its_tokens(start, frontiers):
+    text = "p" * 10 + "_" * 6
+    (row,) = start(text, prompt_length=PROMPT, frontiers=[list(frontiers)], nfe=[5]).rows
+    row.block_start, row.block_stop = 7, 10
+    assert numbers(SubBlockWindow(BLOCK, 2 * BLOCK)(row)) == (4, 10, 10, 4)
+
+
 # Laws of all policies
 
 
@@ -245,6 +274,7 @@ policies = (
     | st.builds(FullWindow, grow_length=st.sampled_from([None, 1, 3]))
     | st.builds(BlockWindow, dual=st.booleans())
     | st.builds(DKVWindow, refresh_steps=st.integers(1, 4))
+    | st.builds(SubBlockWindow, st.just(BLOCK), st.sampled_from([BLOCK, 2 * BLOCK]))
 )
 blocks = st.fixed_dictionaries({"synchronous": st.booleans(), "lookahead": st.none() | st.integers(1, 4)})
 seeds = st.integers(0, 1000)
