@@ -17,12 +17,15 @@ MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path i
 ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_")))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
-PACKAGE_ONLY = {"__init__", "__main__", "data_collator", "tokenization_dream", "unsupported", "version"}
+PACKAGE_ONLY = {
+    *("__init__", "__main__", "data_collator", "processing_lavida", "tokenization_dream", "unsupported", "version"),
+}
 
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
     "cache canvas_processors compiling configuration_dream diffusion_loss generation_output guider_gate images "
-    "methods schedule streaming synchronizing tokenization_dream unmasking unsupported version windows",
+    "methods processing_lavida schedule streaming synchronizing tokenization_dream unmasking unsupported version "
+    "windows",
     "blocks configuration_diffusion data_collator generation_config guider_reader stopping",
     "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
     "configuration_open_dcoder configuration_sdar",
