@@ -12,7 +12,7 @@ def main() -> int:
     """Run the command line on the program's own arguments; returns the exit code."""
     spec = find_spec("hf_flashdlm")
     package = sys.modules["hf_flashdlm"] = module_from_spec(spec)
-    from hf_flashdlm.cli.main import main as run
+    from hf_flashdlm.cli import main as run
 
     return run(prepare=lambda: spec.loader.exec_module(package))
 

@@ -34,6 +34,7 @@ from .generation_config import DiffusionOptions
 from .generation_mixin import FlashDLMGenerationMixin, diffusion_generate, make_bidirectional
 from .generation_output import DiffusionGenerationOutput
 from .guider import ARGuider, ProductMixture
+from .log_likelihood import LogLikelihoodOutput, log_likelihood, perplexity
 from .methods import METHODS
 from .modeling_a2d import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .modeling_dream import DreamModel
@@ -94,6 +95,7 @@ __all__ = [
     "LavidaProcessor",
     "LlavaDreamForMaskedDiffusion",
     "LlavaLladaForMaskedDiffusion",
+    "LogLikelihoodOutput",
     "MostConfident",
     "OpenDCoderConfig",
     "OpenDCoderModel",
@@ -108,8 +110,10 @@ __all__ = [
     "WindowPolicy",
     "__version__",
     "diffusion_generate",
+    "log_likelihood",
     "make_bidirectional",
     "make_block_causal",
+    "perplexity",
 ]
 
 _MODELS: dict[Any, type] = {
@@ -122,13 +126,14 @@ _MODELS: dict[Any, type] = {
     A2DLlamaConfig: A2DLlamaLMHeadModel,
     Fast_dLLM_QwenConfig: Fast_dLLM_QwenForCausalLM,
     LLaDA2MoeConfig: LLaDA2MoeModelLM,
+    OpenDCoderConfig: OpenDCoderModel,
 }
 _VISION: dict[Any, type] = {
     LavidaLLaDAConfig: LlavaLladaForMaskedDiffusion,
     LavidaDreamConfig: LlavaDreamForMaskedDiffusion,
 }
-# Their `model_type` is another's: LLaDA's configuration makes that of LLaDA-MoE, and Open-dCoder has to be named.
-_SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM, OpenDCoderConfig: OpenDCoderModel}
+# LLaDA's configuration makes it, by the same `model_type`.
+_SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM}
 for _config, _model in _VISION.items():
     AutoConfig.register(_config.model_type, _config)
     AutoProcessor.register(_config, LavidaProcessor)

@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli.main import main
+from .cli import main
 
 
 sys.exit(main())

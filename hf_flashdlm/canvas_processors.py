@@ -6,48 +6,48 @@ canvas, and which of them can be. Knows nothing of the loop or of what any proce
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation import logits_process as host
+from transformers.generation import logits_process
 
 
 # Exact: these look at the scores of one position alone.
 POSITIONWISE = (
-    host.TemperatureLogitsWarper,
-    host.TopKLogitsWarper,
-    host.TopPLogitsWarper,
-    host.TopHLogitsWarper,
-    host.MinPLogitsWarper,
-    host.TypicalLogitsWarper,
-    host.EpsilonLogitsWarper,
-    host.EtaLogitsWarper,
-    host.SuppressTokensLogitsProcessor,
-    host.InfNanRemoveLogitsProcessor,
-    host.LogitNormalization,
+    logits_process.TemperatureLogitsWarper,
+    logits_process.TopKLogitsWarper,
+    logits_process.TopPLogitsWarper,
+    logits_process.TopHLogitsWarper,
+    logits_process.MinPLogitsWarper,
+    logits_process.TypicalLogitsWarper,
+    logits_process.EpsilonLogitsWarper,
+    logits_process.EtaLogitsWarper,
+    logits_process.SuppressTokensLogitsProcessor,
+    logits_process.InfNanRemoveLogitsProcessor,
+    logits_process.LogitNormalization,
 )
 
 # Exact: these look at how many tokens stand left of the position.
 BY_LENGTH = (
-    host.MinLengthLogitsProcessor,
-    host.MinNewTokensLengthLogitsProcessor,
-    host.SuppressTokensAtBeginLogitsProcessor,
-    host.ForcedBOSTokenLogitsProcessor,
-    host.ForcedEOSTokenLogitsProcessor,
-    host.ExponentialDecayLengthPenalty,
+    logits_process.MinLengthLogitsProcessor,
+    logits_process.MinNewTokensLengthLogitsProcessor,
+    logits_process.SuppressTokensAtBeginLogitsProcessor,
+    logits_process.ForcedBOSTokenLogitsProcessor,
+    logits_process.ForcedEOSTokenLogitsProcessor,
+    logits_process.ExponentialDecayLengthPenalty,
 )
 
 # Approximate: a penalty on the tokens left of the position, of which those that are masked are not known yet.
-BY_CONTEXT = (host.RepetitionPenaltyLogitsProcessor,)
+BY_CONTEXT = (logits_process.RepetitionPenaltyLogitsProcessor,)
 
-# These promise something of what is written, which takes the whole text left of the position. So while one is in use a
-# step writes the first masked position of a row and no other.
+# These promise something about what is written, which takes the whole text left of the position. So while such a
+# processor is in use, a step writes the first masked position of a row and no other.
 AT_FRONTIER = (
-    host.NoRepeatNGramLogitsProcessor,
-    host.SequenceBiasLogitsProcessor,
-    host.NoBadWordsLogitsProcessor,
+    logits_process.NoRepeatNGramLogitsProcessor,
+    logits_process.SequenceBiasLogitsProcessor,
+    logits_process.NoBadWordsLogitsProcessor,
 )
 
-# As the last, and they may have a rule for each row or remember what they were shown: they are called as in a decode
-# from left to right. So are the processors of the caller's own.
-BY_ROW = (host.PrefixConstrainedLogitsProcessor,)
+# As `AT_FRONTIER`, and they may have a rule for each row or remember what they were shown: they are called as in a
+# decode from left to right. So are the processors of the caller's own.
+BY_ROW = (logits_process.PrefixConstrainedLogitsProcessor,)
 
 
 CANVAS_PROCESSOR_MEMBERS = ("lookahead", "reset", "__call__", "batch_select_indices", "statistics")
@@ -56,9 +56,9 @@ CANVAS_PROCESSOR_MEMBERS = ("lookahead", "reset", "__call__", "batch_select_indi
 class CanvasProcessor(LogitsProcessor):
     r"""
     Changes the scores of a step with the whole canvas in view, an argument of `generate` as `guider=`: a guide of the
-    caller's own, which needs no autoregressive model. [`ARGuider`] has the same form. A class that inherits from this
-    one needs `__call__` only. `generate` works on a shallow copy of the object, so that what `reset` sets on it
-    belongs to that call.
+    caller's own, which needs no autoregressive model. [`ARGuider`] has the same form. A subclass needs
+    `__call__` only. `generate` works on a shallow copy of the object, so that what `reset` sets on it belongs to that
+    call.
     """
 
     lookahead: int | None = None  # positions from the frontier on that a step scores; `None`: those of the block
@@ -145,7 +145,7 @@ class CanvasProcessors:
         self.rows, self.num_rows = list(range(len(canvas_mask))), len(canvas_mask)  # of the caller's batch
         for processor in processors:
             known = type(processor) in POSITIONWISE + BY_LENGTH + BY_CONTEXT + AT_FRONTIER + BY_ROW
-            if not known and type(processor).__module__ == host.__name__:  # a subclass may look at anything
+            if not known and type(processor).__module__ == logits_process.__name__:  # a subclass may look at anything
                 raise ValueError(
                     f"`{type(processor).__name__}` cannot be used in a diffusion decode, which scores many positions "
                     "at once: drop the option that asks for it."
@@ -240,8 +240,9 @@ class CanvasProcessors:
 
 def _unpadded(processor):
     """The processor as it is for a row without padding, which is how the rows are shown to it."""
-    if type(processor) is host.RepetitionPenaltyLogitsProcessor and torch.is_tensor(processor.prompt_ignore_length):
-        return host.RepetitionPenaltyLogitsProcessor(processor.penalty)
+    penalty = logits_process.RepetitionPenaltyLogitsProcessor
+    if type(processor) is penalty and torch.is_tensor(processor.prompt_ignore_length):
+        return penalty(processor.penalty)
     return processor
 
 

@@ -7,7 +7,7 @@ checkpoint uses. Knows nothing of generation settings or tokenizers.
 from transformers import Qwen3MoeConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_diffusion import DiffusionConfig
+from .configuration_diffusion import DiffusionConfig, check_experts
 
 
 # The original code can build other architectures out of the same fields; every released LLaDA-MoE has these values.
@@ -149,6 +149,16 @@ class LLaDAMoEConfig(DiffusionConfig):
         self.require(IMPLEMENTED)
         self._check_sizes()
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As of Transformers; refuses a file of the dense LLaDA, which has the same `model_type`."""
+        if not {"num_experts", "num_local_experts"} & config_dict.keys():
+            raise ValueError(
+                "`num_experts` must be given for a LLaDA-MoE, got a config.json without it: load a dense LLaDA with "
+                "`LLaDAModelLM` or `AutoModelForCausalLM`."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
     @property
     def mlp_only_layers(self) -> list[int]:
         """The layers without experts, as Qwen3-MoE asks for them."""
@@ -160,11 +170,7 @@ class LLaDAMoEConfig(DiffusionConfig):
                 f"`moe_layer_freq` must have an entry for each of the {self.num_hidden_layers} layers, got "
                 f"{len(self.moe_layer_freq)}: change one of them."
             )
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), got "
-                f"{self.num_experts_per_tok}: change one of them."
-            )
+        check_experts(self.num_experts_per_tok, self.num_experts)
 
 
 __all__ = ["LLaDAMoEConfig"]

@@ -11,7 +11,7 @@ from .configuration_diffusion import DiffusionConfig
 class OpenDCoderConfig(DiffusionConfig, Qwen2Config):
     r"""
     Configuration of an [`OpenDCoderModel`]: [`~transformers.Qwen2Config`] with the fields below and those of
-    [`DiffusionConfig`]. The `model_type` is that of Qwen2, as in the original file.
+    [`DiffusionConfig`]. The `model_type` of the original file is that of Qwen2.
 
     Args:
         mask_token_id (`int`, *optional*, defaults to 151665):
@@ -23,10 +23,18 @@ class OpenDCoderConfig(DiffusionConfig, Qwen2Config):
         ValueError: If the fields contradict each other.
     """
 
-    model_type = "qwen2"
+    model_type = "open_dcoder"
     released_mask_token_id = 151665
 
     logits_shift: int = 1
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs) -> tuple[dict, dict]:
+        """As of Transformers; a file of Qwen2, as the original is, becomes one of this class."""
+        config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if config_dict.get("model_type") == Qwen2Config.model_type:
+            config_dict["model_type"] = cls.model_type
+        return config_dict, kwargs
 
 
 __all__ = ["OpenDCoderConfig"]

@@ -166,7 +166,15 @@ class FlashDLMGenerationMixin(_Model):
     def save_pretrained(self, *args, **kwargs):
         """[`~transformers.PreTrainedModel.save_pretrained`], but for a generation config that holds objects."""
         _refuse_saved_objects(self.generation_config)
+        _own_options(self.generation_config)
         return super().save_pretrained(*args, **kwargs)
+
+    def adjust_generation_fn(self, generation_config, *args, **kwargs):
+        """What `from_pretrained` makes the generation config with, which may hold our options from then on."""
+        generation_config = copy.copy(generation_config)
+        _own_options(generation_config)
+        super().adjust_generation_fn(generation_config, *args, **kwargs)
+        _own_options(self.generation_config)
 
     def _prepare_model_inputs(self, inputs, bos_token_id, model_kwargs):
         """Hook 3 of 5: the inputs are checked before anything is done with them."""
@@ -267,6 +275,12 @@ def _refuse_saved_objects(generation_config) -> None:
                 f"`{name}` must be a string in a generation config, which is saved as JSON, got an object of "
                 f"{type(value).__name__}: pass the object to `generate`."
             )
+
+
+def _own_options(generation_config: GenerationConfig | None) -> None:
+    """Take off the mark of a derived generation config: Transformers reads a file that has it without our options."""
+    if generation_config is not None:
+        generation_config._from_model_config = False
 
 
 def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:

@@ -169,6 +169,11 @@ class LLaDAModel(LLaDAPreTrainedModel):
     _tied_weights_keys = {"transformer.ff_out.weight": "transformer.wte.weight"}
 
     def __init__(self, config: LLaDAConfig):
+        if getattr(config, "num_experts", None) is not None:
+            raise ValueError(
+                f"`config` must be that of a dense LLaDA, got a {type(config).__name__}, which counts experts: load "
+                "the checkpoint with `LLaDAMoEModelLM` or `AutoModelForCausalLM`."
+            )
         super().__init__(config)
         # As in the original, a head that is the embedding has no bias.
         head_bias = config.include_bias and not config.weight_tying

@@ -15,7 +15,7 @@ class OpenDCoderModel(DiffusionModelMixin, Qwen2ForCausalLM):
     arguments of [`~transformers.Qwen2ForCausalLM`] with what [`DiffusionModelMixin`] says of them.
 
     The original `config.json` is that of an autoregressive Qwen2, which the Auto classes therefore load; this class
-    has to be named.
+    has to be named. What it saves, the Auto classes load as well.
 
     Example:
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from hf_flashdlm import ARGuider
 from hf_flashdlm.bench.machine import Ceilings
 from hf_flashdlm.cli.bench import add_commands
-from hf_flashdlm.cli.main import Parser
+from hf_flashdlm.cli.command import Parser
 from hf_flashdlm.compiling import cache_name
 from hf_flashdlm.denoising_loop import DenoisingState
 
@@ -29,6 +29,8 @@ torch.set_num_threads(1)  # the tensors are tiny, and workers run side by side
 
 # The same examples in every run, without a time limit: the machines are shared.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)
+# Other examples in every run, for `make test-laws`.
+hypothesis.settings.register_profile("laws", deadline=None, database=None, max_examples=5000, print_blob=True)
 hypothesis.settings.load_profile("suite")
 
 

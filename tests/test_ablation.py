@@ -102,7 +102,7 @@ def test_rows_that_draw_are_over_all_seeds_and_a_guider_alone_needs_no_model(ben
     assert json.loads(path.read_text())["rows"] == rows and len(runs) == again + 1, "the warm-up alone"
 
 
-def test_a_seed_decides_what_is_drawn_and_a_guider_alone_is_the_hosts_greedy_decode():
+def test_a_seed_decides_what_is_drawn_and_a_guider_alone_decodes_greedily_as_transformers_does():
     checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "float32")
     models = Models.load(checkpoint, {"guider": str(TINY / "guider")}, torch.device("cpu"), "float32")
     workload = problem_workload(checkpoint, 2, 2, 0, {"max_new_tokens": 24})

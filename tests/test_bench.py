@@ -24,7 +24,7 @@ from hf_flashdlm.bench.report import format_table
 from hf_flashdlm.bench.run import Run, binomial_interval
 from hf_flashdlm.bench.shapes import SHAPES
 from hf_flashdlm.cli.bench import add_commands
-from hf_flashdlm.cli.main import Parser
+from hf_flashdlm.cli.command import Parser
 from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
 from hf_flashdlm.tiny import FOLDER as TINY

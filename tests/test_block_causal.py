@@ -61,13 +61,12 @@ def canvas(batch_size=2, length=11):
 
 
 def left_padded(ids, padding):
-    """The rows of `ids`, each behind so much padding, without what then does not fit; and their mask."""
+    """The rows of `ids`, each after its number of padding tokens, which gives all the same length; and their mask."""
     rows = [torch.cat([torch.zeros(count, dtype=torch.long), row]) for row, count in zip(ids, padding, strict=True)]
-    longest = max(map(len, rows))
-    mask = torch.ones(len(rows), longest, dtype=torch.long)
+    mask = torch.ones(len(rows), len(rows[0]), dtype=torch.long)
     for row, count in zip(mask, padding, strict=True):
         row[:count] = 0
-    return torch.stack([row[:longest] for row in rows]), mask
+    return torch.stack(rows), mask
 
 
 def close(one, other):

@@ -9,7 +9,7 @@ import time
 import pytest
 from safetensors.torch import load_file, save_file
 
-from hf_flashdlm.cli import main as cli
+from hf_flashdlm.cli import main
 from hf_flashdlm.hub.loading import LimitReached, bounded, load_config, load_weights, refusing, shard_names
 from hf_flashdlm.tiny import FOLDER as TINY
 
@@ -132,7 +132,7 @@ def refusal(capsys):
     """`refusal(words)`: the one line that answers a command."""
 
     def refusal(*words):
-        assert cli.main(list(map(str, words))) == 2
+        assert main(list(map(str, words))) == 2
         captured = capsys.readouterr()
         assert captured.out == ""
         assert captured.err.startswith("flashdlm: ") and captured.err.count("\n") == 1
@@ -205,7 +205,7 @@ def test_a_template_that_cannot_be_filled_in_is_one_sentence(template, checkpoin
 def test_a_chat_ends_with_a_template_that_refuses_the_first_question(checkpoint, monkeypatch, capsys):
     (checkpoint / "chat_template.jinja").write_text("{{ raise_exception('a\x1b[2J') }}")
     monkeypatch.setattr("builtins.input", lambda prompt: "Hello")
-    assert cli.main(["chat", "--model", str(checkpoint), "--max-new-tokens", "2"]) == 2
+    assert main(["chat", "--model", str(checkpoint), "--max-new-tokens", "2"]) == 2
     said = capsys.readouterr().err
     assert "cannot be filled in: a\\x1b[2J" in said and "\x1b[2J" not in said
 
@@ -285,5 +285,5 @@ def test_an_output_that_nobody_reads_any_more_ends_quietly(monkeypatch, capsys):
     monkeypatch.setattr("hf_flashdlm.bench.demo.run_demo", closed)
     monkeypatch.setattr("os.dup2", lambda *both: seen.append(both))
     monkeypatch.setattr(sys.stdout, "fileno", lambda: 1, raising=False)
-    assert cli.main(["demo"]) == 141
+    assert main(["demo"]) == 141
     assert len(seen) == 1 and capsys.readouterr().err == ""

@@ -5,7 +5,7 @@ import inspect
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
-from transformers.generation import logits_process as host
+from transformers.generation import logits_process
 
 from hf_flashdlm.canvas_processors import (
     AT_FRONTIER,
@@ -23,30 +23,30 @@ CANVAS = torch.tensor([[3, 4, 5, 4, 3, 4, 5, 6], [7, 7, 7, 8, 9, 7, 7, 7]])  # n
 POSITIONS = torch.tensor([[1, 2, 3, 4], [4, 5, 6, 7]])
 
 EXAMPLES = [
-    host.TemperatureLogitsWarper(0.5),
-    host.TopKLogitsWarper(2),
-    host.TopPLogitsWarper(0.6),
-    host.TopHLogitsWarper(0.4),
-    host.MinPLogitsWarper(0.3),
-    host.TypicalLogitsWarper(0.5),
-    host.EpsilonLogitsWarper(0.05),
-    host.EtaLogitsWarper(0.1),
-    host.SuppressTokensLogitsProcessor([4, 5]),
-    host.InfNanRemoveLogitsProcessor(),
-    host.LogitNormalization(),
-    host.MinLengthLogitsProcessor(4, EOS_IDS),
-    host.MinNewTokensLengthLogitsProcessor(2, 3, EOS_IDS),
-    host.SuppressTokensAtBeginLogitsProcessor([4, 5], 4),
-    host.ForcedBOSTokenLogitsProcessor(2),
-    host.ForcedEOSTokenLogitsProcessor(8, EOS_IDS),
-    host.ExponentialDecayLengthPenalty((2, 1.5), EOS_IDS, 2),
-    host.RepetitionPenaltyLogitsProcessor(1.5),
+    logits_process.TemperatureLogitsWarper(0.5),
+    logits_process.TopKLogitsWarper(2),
+    logits_process.TopPLogitsWarper(0.6),
+    logits_process.TopHLogitsWarper(0.4),
+    logits_process.MinPLogitsWarper(0.3),
+    logits_process.TypicalLogitsWarper(0.5),
+    logits_process.EpsilonLogitsWarper(0.05),
+    logits_process.EtaLogitsWarper(0.1),
+    logits_process.SuppressTokensLogitsProcessor([4, 5]),
+    logits_process.InfNanRemoveLogitsProcessor(),
+    logits_process.LogitNormalization(),
+    logits_process.MinLengthLogitsProcessor(4, EOS_IDS),
+    logits_process.MinNewTokensLengthLogitsProcessor(2, 3, EOS_IDS),
+    logits_process.SuppressTokensAtBeginLogitsProcessor([4, 5], 4),
+    logits_process.ForcedBOSTokenLogitsProcessor(2),
+    logits_process.ForcedEOSTokenLogitsProcessor(8, EOS_IDS),
+    logits_process.ExponentialDecayLengthPenalty((2, 1.5), EOS_IDS, 2),
+    logits_process.RepetitionPenaltyLogitsProcessor(1.5),
 ]
 LEFT_TO_RIGHT = [
-    host.NoRepeatNGramLogitsProcessor(2),
-    host.SequenceBiasLogitsProcessor([[[3, 4], 2.0], [[7], -2.0]]),
-    host.NoBadWordsLogitsProcessor([[4, 5], [7, 7]], EOS_IDS),
-    host.PrefixConstrainedLogitsProcessor(lambda row, ids: [3 + row, int(ids[-1])], 1),
+    logits_process.NoRepeatNGramLogitsProcessor(2),
+    logits_process.SequenceBiasLogitsProcessor([[[3, 4], 2.0], [[7], -2.0]]),
+    logits_process.NoBadWordsLogitsProcessor([[4, 5], [7, 7]], EOS_IDS),
+    logits_process.PrefixConstrainedLogitsProcessor(lambda row, ids: [3 + row, int(ids[-1])], 1),
 ]
 
 
@@ -95,7 +95,8 @@ def test_every_processor_that_is_let_through_is_tried_here():
 
 @pytest.mark.parametrize("processor", EXAMPLES, ids=name_of)
 def test_a_processor_equals_its_answer_position_by_position(processor):
-    scores = raw_scores() if isinstance(processor, host.InfNanRemoveLogitsProcessor) else raw_scores().nan_to_num(0)
+    removes = isinstance(processor, logits_process.InfNanRemoveLogitsProcessor)
+    scores = raw_scores() if removes else raw_scores().nan_to_num(0)
     expected = scores.clone()
     for row, positions in enumerate(POSITIONS.tolist()):
         for slot, position in enumerate(positions):
@@ -131,14 +132,14 @@ def test_a_processor_of_the_text_left_of_a_position_leaves_the_first_masked_one_
     "processor",
     [
         kind
-        for _, kind in inspect.getmembers(host, inspect.isclass)
+        for _, kind in inspect.getmembers(logits_process, inspect.isclass)
         if issubclass(kind, LogitsProcessor)
-        and kind.__module__ == host.__name__
+        and kind.__module__ == logits_process.__name__
         and not issubclass(kind, POSITIONWISE + BY_LENGTH + BY_CONTEXT + AT_FRONTIER + BY_ROW)
     ],
     ids=name_of,
 )
-def test_any_other_processor_of_the_host_is_refused_by_name(processor):
+def test_any_other_processor_of_transformers_is_refused_by_name(processor):
     unready = processor.__new__(processor)
     with pytest.raises(
         ValueError, match=rf"`{processor.__name__}` cannot be used in a diffusion decode, .*: drop the"
@@ -149,7 +150,11 @@ def test_any_other_processor_of_the_host_is_refused_by_name(processor):
 def test_a_penalty_does_not_see_padding_and_masks():
     canvas, mask = torch.tensor([[2, 5, MASK]]), torch.tensor([[0, 1, 1]])
     scores = apply(
-        [host.RepetitionPenaltyLogitsProcessor(2.0)], canvas, torch.ones(1, 1, VOCAB), mask, torch.tensor([[2]])
+        [logits_process.RepetitionPenaltyLogitsProcessor(2.0)],
+        canvas,
+        torch.ones(1, 1, VOCAB),
+        mask,
+        torch.tensor([[2]]),
     )
     assert scores[0, 0, [MASK, 2, 5]].tolist() == [1, 1, 0.5]
 
@@ -157,7 +162,7 @@ def test_a_penalty_does_not_see_padding_and_masks():
 def test_a_length_counts_masks_and_padding():
     """Count as Transformers does: a minimum length is that of the sequence, its padding included."""
     canvas, mask = torch.tensor([[2, 5, MASK, MASK]]), torch.tensor([[0, 1, 1, 1]])
-    processor = host.MinLengthLogitsProcessor(3, EOS_IDS)
+    processor = logits_process.MinLengthLogitsProcessor(3, EOS_IDS)
     scores = apply([processor], canvas, torch.zeros(1, 2, VOCAB), mask, torch.tensor([[2, 3]]))
     assert scores[0, :, EOS].tolist() == [-torch.inf, 0]
 
@@ -193,7 +198,7 @@ def test_a_callers_processor_of_scores_alone_may_say_so():
 
 
 def test_a_callers_subclass_of_a_processor_of_transformers_is_the_callers_own():
-    class Colder(host.TemperatureLogitsWarper):
+    class Colder(logits_process.TemperatureLogitsWarper):
         def __call__(self, input_ids, scores):
             return super().__call__(input_ids, scores) + input_ids.shape[1]
 
@@ -202,7 +207,7 @@ def test_a_callers_subclass_of_a_processor_of_transformers_is_the_callers_own():
 
 def test_processors_are_applied_in_their_order():
     scores = torch.zeros(2, 4, VOCAB)
-    warmer = host.TemperatureLogitsWarper(0.5)
+    warmer = logits_process.TemperatureLogitsWarper(0.5)
     assert apply([Reader(), warmer], scores=scores)[:, 0, 1].tolist() == [2, 8]
     assert apply([warmer, Reader()], scores=scores)[:, 0, 1].tolist() == [1, 4]
 
@@ -233,14 +238,14 @@ class Guider:
 
 def test_a_guider_judges_what_the_processors_leave():
     guider = Guider()
-    scores = apply([host.TemperatureLogitsWarper(0.5)], scores=torch.ones(2, 4, VOCAB), guider=guider)
+    scores = apply([logits_process.TemperatureLogitsWarper(0.5)], scores=torch.ones(2, 4, VOCAB), guider=guider)
     assert guider.told == [([2] * 4, POSITIONS.tolist(), [1, 4])]
     assert scores[0, :, 0].tolist() == [-2] * 4
 
 
 def test_rows_that_leave_take_their_padding_along_and_the_guider_is_told():
     guider = Guider()
-    mask, penalty = torch.tensor([[1, 1, 1], [0, 1, 1]]), host.RepetitionPenaltyLogitsProcessor(2.0)
+    mask, penalty = torch.tensor([[1, 1, 1], [0, 1, 1]]), logits_process.RepetitionPenaltyLogitsProcessor(2.0)
     processors = CanvasProcessors(LogitsProcessorList([penalty]), mask, MASK, guider)
     processors.batch_select_indices(torch.tensor([1]))
     scores = processors(torch.tensor([[4, 5, 6]]), torch.ones(1, 1, VOCAB), [range(2, 3)], [2], [bytearray(1)])

@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import pytest
 from rich.console import Console
 
-from hf_flashdlm.cli import main as cli
+from hf_flashdlm.cli import main
 from hf_flashdlm.console.chat import read_lines, run_chat
 from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.tiny import FOLDER as TINY
@@ -60,7 +60,7 @@ def talk(checkpoint, say):
 
 def test_the_embedded_pair_answers_at_once_and_figures_go_to_standard_error(say, capsys):
     say(QUESTION)
-    assert cli.main(CHAT) == 0
+    assert main(CHAT) == 0
     captured = capsys.readouterr()
     assert captured.out.rstrip().endswith(ANSWER)
     figures = r"(\d+) tokens, (\d+) forwards and \2 of the guider, ([\d.]+) tokens per forward, [\d.]+ seconds\n"
@@ -72,7 +72,7 @@ def test_the_embedded_pair_answers_at_once_and_figures_go_to_standard_error(say,
 def test_options_reach_the_decoding(say, capsys):
     say(QUESTION)
     arguments = ["--model", str(TINY / "dlm"), "--max-new-tokens", "8", "--block-length", "4", "--temperature", "0"]
-    assert cli.main([*CHAT, *arguments]) == 0
+    assert main([*CHAT, *arguments]) == 0
     error = capsys.readouterr().err
     assert "\n8 tokens, " in error and "guider" not in error
     assert "embedded" not in error
@@ -88,7 +88,7 @@ def test_a_turn_sees_the_turns_before_it_until_they_are_cleared(talk, conversati
     assert replies[0].endswith(ANSWER)
 
 
-def test_nothing_is_answered_behind_the_end(talk, conversations):
+def test_nothing_is_answered_after_the_end(talk, conversations):
     talk("/exit", QUESTION)
     assert conversations == []
 
@@ -172,5 +172,5 @@ def test_a_checkpoint_without_a_chat_template_is_refused(talk):
 
 
 def test_an_unknown_option_is_a_mistake(capsys):
-    assert cli.main(["chat", "--no-such"]) == 2
+    assert main(["chat", "--no-such"]) == 2
     assert capsys.readouterr().err == "flashdlm: unrecognized arguments: --no-such\n"

@@ -10,7 +10,7 @@ import pytest
 
 import hf_flashdlm
 from hf_flashdlm.bench.settings import Settings
-from hf_flashdlm.cli import main as cli
+from hf_flashdlm.cli import main
 from hf_flashdlm.tiny import FOLDER as TINY
 
 
@@ -32,7 +32,7 @@ PUSH_OPTIONS = "--private --public --tag --dry-run".split()
 )
 def test_help_names_every_option(capsys, command, options):
     with pytest.raises(SystemExit) as stop:
-        cli.main([command, "--help"])
+        main([command, "--help"])
     assert stop.value.code == 0
     words = capsys.readouterr().out.replace(",", " ").split("options:")[1].split()
     assert sorted(set(options)) == sorted({word for word in words if word.startswith("--")} - {"--help", "--steps:"})
@@ -40,7 +40,7 @@ def test_help_names_every_option(capsys, command, options):
 
 def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
-        cli.main(["--help"])
+        main(["--help"])
     printed = capsys.readouterr().out
     for command in ("generate", "chat", "demo", "bench", "export", "push"):
         assert f"\n    {command} " in printed
@@ -81,24 +81,24 @@ def test_the_script_runs_the_package_before_a_command(tmp_path):
 
 
 def test_texts_are_all_that_standard_output_gets(capsys):
-    assert cli.main([*SHORT, "--prompt", QUESTION, "--prompt", "Nora has 2 nuts."]) == 0
+    assert main([*SHORT, "--prompt", QUESTION, "--prompt", "Nora has 2 nuts."]) == 0
     both = capsys.readouterr()
-    assert cli.main([*SHORT, "--prompt", QUESTION]) == 0
+    assert main([*SHORT, "--prompt", QUESTION]) == 0
     first = capsys.readouterr().out
     assert both.out.startswith(first + "\n")
     assert both.err == ""
 
 
 def test_a_prompt_is_read_from_standard_input(capsys, monkeypatch):
-    cli.main([*SHORT, "--prompt", QUESTION])
+    main([*SHORT, "--prompt", QUESTION])
     expected = capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO(QUESTION + "\n"))
-    assert cli.main(SHORT) == 0
+    assert main(SHORT) == 0
     assert capsys.readouterr().out == expected
 
 
 def test_stats_go_to_standard_error(capsys):
-    assert cli.main([*SHORT, "--prompt", QUESTION, "--steps", "8", "--window-policy", "none", "--stats"]) == 0
+    assert main([*SHORT, "--prompt", QUESTION, "--steps", "8", "--window-policy", "none", "--stats"]) == 0
     line, seconds = capsys.readouterr().err.splitlines()
     assert line.startswith("NFE 8, guider forwards 0, active tokens ")
     assert line.endswith(", tokens per forward 1.00")
@@ -106,7 +106,7 @@ def test_stats_go_to_standard_error(capsys):
 
 
 def test_a_guider_is_counted(capsys):
-    assert cli.main([*SHORT, "--prompt", QUESTION, "--guider", str(TINY / "guider"), "--stats"]) == 0
+    assert main([*SHORT, "--prompt", QUESTION, "--guider", str(TINY / "guider"), "--stats"]) == 0
     words = capsys.readouterr().err.replace(",", "").split()
     nfe, guider_forwards = int(words[1]), int(words[4])
     assert 1 <= guider_forwards == nfe <= 8
@@ -114,9 +114,9 @@ def test_a_guider_is_counted(capsys):
 
 def test_a_stream_prints_each_text_and_its_stats(capsys):
     prompts = ["--prompt", QUESTION, "--prompt", "Nora has 2 nuts."]
-    cli.main([*SHORT, *prompts])
+    main([*SHORT, *prompts])
     expected = capsys.readouterr().out.split()
-    assert cli.main([*SHORT, *prompts, "--stream", "--stats"]) == 0
+    assert main([*SHORT, *prompts, "--stream", "--stats"]) == 0
     captured = capsys.readouterr()
     assert captured.out.split() == expected
     assert captured.err.count("NFE") == 2
@@ -124,7 +124,7 @@ def test_a_stream_prints_each_text_and_its_stats(capsys):
 
 def test_the_seed_decides_what_is_drawn(capsys):
     def drawn(seed):
-        cli.main([*SHORT, "--prompt", QUESTION, "--temperature", "2", "--seed", seed])
+        main([*SHORT, "--prompt", QUESTION, "--temperature", "2", "--seed", seed])
         return capsys.readouterr().out
 
     texts = [drawn(seed) for seed in "12345"]
@@ -141,7 +141,7 @@ def test_the_seed_decides_what_is_drawn(capsys):
         (["export", "model", "o/n", "folder"], "the following arguments are required: --checkpoint"),
         (["push", "folder"], "the following arguments are required: REPO_ID"),
         (["push", "folder", "o/n", "--private", "--public"], "argument --public: not allowed with argument --private"),
-        ([*SHORT, "--prompt", ""], "a prompt must not be empty, got one that is."),
+        ([*SHORT, "--prompt", ""], "a prompt must hold text, got ''."),
         ([*SHORT, "--prompt", "a", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         (["demo", "--problems", "0"], "argument --problems: must be an integer of at least 1, got '0'."),
         (["demo", "--show", "-1"], "argument --show: must be an integer of at least 0, got '-1'."),
@@ -162,7 +162,7 @@ def test_the_seed_decides_what_is_drawn(capsys):
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, arguments, message):
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith(f"flashdlm: {message}")
@@ -170,7 +170,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(capsys, arguments, message):
 
 
 def test_what_generate_refuses_is_a_mistake_too(capsys):
-    assert cli.main([*SHORT, "--prompt", "a", "--steps", "8", "--confidence-threshold", "0.9"]) == 2
+    assert main([*SHORT, "--prompt", "a", "--steps", "8", "--confidence-threshold", "0.9"]) == 2
     error = capsys.readouterr().err
     assert "`steps`" in error and "`confidence_threshold`" in error
     assert error.count("\n") == 1
@@ -179,7 +179,7 @@ def test_what_generate_refuses_is_a_mistake_too(capsys):
 def test_a_terminal_is_asked_for_a_prompt(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("ignored"))
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    assert cli.main(SHORT) == 2
+    assert main(SHORT) == 2
     assert "`--prompt` is missing: give it, or pipe a prompt into the command." in capsys.readouterr().err
 
 
@@ -188,7 +188,7 @@ def test_an_interrupt_ends_quietly(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("hf_flashdlm.bench.demo.run_demo", interrupted)
-    assert cli.main(["demo"]) == 130
+    assert main(["demo"]) == 130
     assert capsys.readouterr().err == ""
 
 
@@ -199,6 +199,6 @@ def test_demo_passes_its_settings_and_writes_the_figures(monkeypatch, tmp_path):
     )
     path = tmp_path / "figures.json"
     arguments = "demo --problems 3 --batch-size 2 --repeats 5 --show 0 --seed 7".split()
-    assert cli.main([*arguments, "--json", str(path)]) == 0
+    assert main([*arguments, "--json", str(path)]) == 0
     assert seen == [Settings(problems=3, batch_size=2, repeats=5, show=0, seed=7)]
     assert json.loads(path.read_text()) == {"figure": 1}

@@ -53,7 +53,7 @@ def test_tokens_and_counts_are_those_of_eager_forwards(tiny, decode, name, setti
         assert compiled[field].equal(eager[field])
 
 
-def test_compiled_forwards_run_in_the_mode_of_the_host(tiny, monkeypatch):
+def test_compiled_forwards_run_in_the_mode_of_transformers(tiny, monkeypatch):
     modes = []
     run = CompiledForward._compiled
     monkeypatch.setattr(

@@ -87,7 +87,7 @@ def processor(name, **options):
 REFUSALS = {
     # Options of Transformers that make no sense for a canvas.
     **{
-        f"host-{name}": meaningless(name, value)
+        f"transformers-{name}": meaningless(name, value)
         for name, value in {
             "num_beams": 2,
             "output_scores": True,
@@ -110,7 +110,7 @@ REFUSALS = {
         "WatermarkLogitsProcessor", watermarking_config=dict(greenlist_ratio=0.25, bias=2.0)
     ),
     # The cache.
-    "cache-of-the-host": Refusal(
+    "cache-of-transformers": Refusal(
         f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a DynamicCache of 0 tokens: drop it, or `reset` it.",
         dict(cache=DynamicCache),
     ),
@@ -286,6 +286,17 @@ REFUSALS = {
         f"{name}-{value}": number(name, "a number", "between 0 and 1", value, **more)
         for name, more in {"eps": dict(steps=6), "confidence_threshold": {}}.items()
         for value in (-0.1, 1.1)
+    },
+    # What has a default that is not None must not be None.
+    "freeze_lag-None": number("freeze_lag", "an integer", "of at least 0", None),
+    "left_margin-None": number("left_margin", "an integer", "of at least 0", None),
+    "position_temperature-None": number("position_temperature", "a number", "of at least 0", None),
+    "eps-None": number("eps", "a number", "between 0 and 1", None),
+    **{
+        f"repetition_penalty-{value}": Refusal(
+            f"`repetition_penalty` must be greater than 0, got {value}.", dict(repetition_penalty=value)
+        )
+        for value in (0, -1.5)
     },
     "window_policy": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", "fast"),
     "window_policy-None": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", None),

@@ -142,12 +142,52 @@ def test_a_keyword_beats_the_passed_configuration_which_beats_the_models_which_b
 
 def test_options_travel_with_a_saved_model(own_model, options_seen, tmp_path):
     wanted = DiffusionOptions(block_length=2, window_policy="dkv", refresh_steps=3, factor=0.5, stop_at_eos=False)
-    # Transformers derives a generation config from the model's configuration again when it loads the model.
     own_model.generation_config = GenerationConfig(**vars(wanted))
     own_model.save_pretrained(tmp_path / "saved")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     loaded.generate(torch.tensor([PROMPT]), max_new_tokens=6)
     assert options_seen == [wanted]
+
+
+def save_the_model(model, folder):
+    model.save_pretrained(folder)
+
+
+def save_the_generation_config(model, folder):
+    model.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+
+
+def save_another_model(model, folder):
+    """A model that was never loaded takes over the generation config."""
+    other = type(model)(model.config)
+    other.generation_config = GenerationConfig.from_model_config(model.config)
+    other.generation_config.block_length, other.generation_config.max_new_tokens = 2, 6
+    other.save_pretrained(folder)
+
+
+@every_model
+@pytest.mark.parametrize("save", [save_the_model, save_the_generation_config, save_another_model])
+def test_options_set_on_a_derived_generation_config_travel_with_it(tiny, tmp_path, save, name):
+    tiny(name).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.generation_config.block_length, model.generation_config.max_new_tokens = 2, 6
+    for again in ("once", "twice"):
+        save(model, tmp_path / again)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / again)
+        assert model.generation_config.block_length == 2
+        assert model.generation_config.max_new_tokens == 6
+
+
+def test_a_derived_generation_config_may_be_given_to_from_pretrained(own_model, tmp_path):
+    derived = GenerationConfig.from_model_config(own_model.config)
+    derived.block_length = 2
+    before = derived.to_dict()
+    assert (
+        AutoModelForCausalLM.from_pretrained(tmp_path, generation_config=derived).generation_config.block_length == 2
+    )
+    assert derived.to_dict() == before
 
 
 def test_a_block_length_of_the_models_yields_to_a_short_request(own_model, options_seen):
@@ -171,7 +211,7 @@ def test_use_cache_false_is_no_cache_if_nothing_else_is_said(tiny, options_seen,
 
 
 @pytest.mark.parametrize("name", ["blok_length", "frozen_length", "small_block_size", "diffusion"])
-def test_an_unknown_name_raises_what_the_host_raises(tiny, name):
+def test_an_unknown_name_raises_what_transformers_raises(tiny, name):
     with pytest.raises(ValueError, match=rf"`model_kwargs` are not used by the model: \['{name}'\]"):
         tiny("llada").generate(torch.tensor([PROMPT]), max_new_tokens=3, **{name: 4})
 

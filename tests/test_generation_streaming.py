@@ -53,7 +53,7 @@ def test_a_stop_string_is_the_last_that_a_stream_is_told(tiny, decode, tokenizer
 
 
 @every_model
-def test_drafts_are_what_is_behind_the_final_text(tiny, decode, name):
+def test_drafts_are_what_is_after_the_final_text(tiny, decode, name):
     streamer = DraftRecorder()
     output = decode(tiny(name), [PROMPT], streamer=streamer, **PLAIN)
     assert len(streamer.drafts) == int(output.nfe[0]) - 1, "after the last step nothing is a draft any more"
@@ -81,13 +81,13 @@ def test_a_streamer_that_shows_the_canvas_gets_all_rows(tiny, decode, negative):
     assert streamer.ended and len(streamer.pieces) == 1
 
 
-def test_a_streamer_of_the_host_takes_one_row_only(tiny, decode, tokenizer):
+def test_a_streamer_of_transformers_takes_one_row_only(tiny, decode, tokenizer):
     with pytest.raises(ValueError, match="TextStreamer only supports batch size 1"):
         decode(tiny("llada"), PROMPTS, max_new_tokens=4, streamer=TextStreamer(tokenizer))
 
 
 @pytest.mark.parametrize("kind", [TextStreamer, TextDiffusionStreamer])
-def test_the_streamers_of_the_host_print_the_text(tiny, decode, tokenizer, capsys, kind):
+def test_the_streamers_of_transformers_print_the_text(tiny, decode, tokenizer, capsys, kind):
     output = decode(tiny("llada"), [PROMPT], **PLAIN, streamer=kind(tokenizer, skip_prompt=True))
     printed = capsys.readouterr().out
     text = spell(generated(output))

@@ -84,7 +84,7 @@ def test_mdlm(load, left_padded, case):
         mask_token_id=settings["mask_token_id"],
         guidance_scale=1 + settings.get("cfg_scale", 0),
     )
-    # The original pads rows on the right, behind their answers.
+    # The original pads rows on the right, after their answers.
     lengths = [len(prompt) + settings["max_new_tokens"] for prompt in prompts]
     assert rows == [row[:length] for row, length in zip(case["output_ids"], lengths, strict=True)]
     assert len(shapes) == case["nfe"]

@@ -1,6 +1,7 @@
 """The layout: which module may import which, and what exported modules must not do."""
 
 import ast
+import importlib
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -18,7 +19,15 @@ ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_"
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
 PACKAGE_ONLY = {
-    *("__init__", "__main__", "data_collator", "processing_lavida", "tokenization_dream", "unsupported", "version"),
+    "__init__",
+    "__main__",
+    "data_collator",
+    "log_likelihood",
+    "processing_lavida",
+    "prompting",
+    "tokenization_dream",
+    "unsupported",
+    "version",
 }
 
 # The library, from the bottom to the top: a file imports from layers below its own.
@@ -30,12 +39,12 @@ LAYERS = (
     "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
     "configuration_open_dcoder configuration_sdar",
     "configuration_llada denoiser denoising_loop generation_inputs guider_text",
-    "configuration_lavida guider parts",
+    "configuration_lavida guider log_likelihood parts",
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",
     "modeling_a2d modeling_fast_dllm_v2 modeling_lavida modeling_llada2 modeling_llada_moe modeling_open_dcoder "
     "modeling_sdar",
-    "__init__",
+    "__init__ prompting",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
 
@@ -47,7 +56,13 @@ FOLDERS = {
     "hub": {"tiny"},
     "tiny": set(),
 }
-REACHES_UP = {"__init__": {"console/display"}, "__main__": {"cli/main"}}
+REACHES_UP = {
+    "__init__": {"console/display"},
+    "__main__": {"cli/__init__"},
+    "prompting": {"console/checkpoint"},
+}
+# What a folder gives to users by its own name. An import in the others would cause a cycle through `CanvasStreamer`.
+FACADES = {"cli": ["main"], "hub": ["export_code", "export_guider", "export_model", "export_strategy", "push"]}
 
 
 def exported():
@@ -117,11 +132,17 @@ def test_arrows_between_folders(name):
     assert {folder(module) for module in imports(name)} <= FOLDERS[folder(name)] | {folder(name), ""}
 
 
-@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"tiny"}))
+@pytest.mark.parametrize("name", sorted(FOLDERS.keys() - {"tiny"} - FACADES.keys()))
 def test_a_folder_of_tools_has_an_init_of_one_docstring(name):
-    # A name in it would hide the module of that name, and an import would cause a cycle through `CanvasStreamer`.
     statements = ast.parse(MODULES[f"{name}/__init__"].read_text(encoding="utf-8")).body
     assert len(statements) == 1
+
+
+@pytest.mark.parametrize("name", FACADES)
+def test_what_users_import_from_a_folder_is_not_hidden_by_a_module(name):
+    given = importlib.import_module(f"hf_flashdlm.{name}")
+    assert given.__all__ == FACADES[name]
+    assert all(callable(getattr(given, each)) and f"{name}/{each}" not in MODULES for each in given.__all__)
 
 
 def test_there_is_no_circle():
@@ -134,7 +155,7 @@ def test_a_module_names_the_package_by_dots_alone(name):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
-def test_the_host_sees_the_imports_that_python_sees(name):
+def test_transformers_sees_the_imports_that_python_sees(name):
     # Transformers reads lines, docstrings included, and does not understand `from . import` or folders.
     assert set(get_relative_imports(MODULES[name])) == imports(name)
     assert all(node.level <= 1 for node in nodes(name) if isinstance(node, ast.ImportFrom))

@@ -275,7 +275,7 @@ def test_an_option_is_documented_with_its_default(name):
         assert said == ("1e-3" if default == 1e-3 else str(default))
 
 
-def test_no_option_clashes_with_one_of_the_hosts():
+def test_no_option_clashes_with_one_of_transformers():
     assert not set(DiffusionOptions.names()) & set(vars(GenerationConfig()))
 
 

@@ -11,9 +11,9 @@ from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizer
 from tokenizers.decoders import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_flashdlm.cli import main as cli
-from hf_flashdlm.console.checkpoint import Checkpoint
+from hf_flashdlm.cli import main
 from hf_flashdlm.console.prompts import added_spans, encode_chat, encode_text
+from hf_flashdlm.prompting import Checkpoint
 from hf_flashdlm.tiny import FOLDER as TINY
 
 
@@ -159,7 +159,7 @@ def test_prompts_of_a_batch_are_padded_on_the_left():
 @pytest.mark.parametrize("chat", ["--chat", "--no-chat"])
 def test_the_command_line_decodes_a_prompt_that_names_the_mask_token(chat, capsys):
     words = ["generate", "--model", str(TINY / "dlm"), "--max-new-tokens", "8", "--block-length", "8", "--stats", chat]
-    assert cli.main([*words, "--prompt", f"Ben has {MASK} pens."]) == 0
+    assert main([*words, "--prompt", f"Ben has {MASK} pens."]) == 0
     assert "NFE" in capsys.readouterr().err
 
 

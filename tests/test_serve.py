@@ -25,7 +25,7 @@ for name in ("fastapi", "openai", "uvicorn", "transformers.cli.transformers"):
 
 # A short answer, and another one with the guider.
 QUESTION = json.loads((TINY / "problems.jsonl").read_text(encoding="utf-8").splitlines()[9])["question"]
-HOST = [sys.executable, "-m", "transformers.cli.transformers"]
+CLI = [sys.executable, "-m", "transformers.cli.transformers"]
 SECONDS_TO_START = 120
 
 
@@ -46,7 +46,7 @@ def is_healthy(url):
 def serve(folder, apart):
     """The address at which `transformers serve` serves `folder`; its log and its modules are kept in `apart`."""
     port = free_port()
-    command = [*HOST, "serve", str(folder), "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
+    command = [*CLI, "serve", str(folder), "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(apart / "modules")}
     with (apart / "log").open("w+") as log:
         process = subprocess.Popen([*command, "--port", str(port)], cwd=apart, env=environment, stdout=log, stderr=log)
@@ -125,9 +125,9 @@ def test_a_guider_is_served_as_the_page_says(folder, checkpoint, tmp_path):
     assert '"error"' not in streamed
 
 
-def test_the_chat_of_the_host_talks_to_it(url, folder, checkpoint):
+def test_the_chat_of_transformers_talks_to_it(url, folder, checkpoint):
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}  # the client refuses loopback, too, in offline mode
-    command = [*HOST, "chat", str(folder), f"{url}/v1", "max_new_tokens=64", "do_sample=False", "--user", "tester"]
+    command = [*CLI, "chat", str(folder), f"{url}/v1", "max_new_tokens=64", "do_sample=False", "--user", "tester"]
     lines = f"{QUESTION}\n!exit\n"
     run = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

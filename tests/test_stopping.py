@@ -75,7 +75,7 @@ def test_an_end_token_that_was_given_ends_nothing(decode, canvas, written):
     assert decode(canvas).write(written)[1] == [False]
 
 
-def test_what_is_behind_an_end_becomes_padding_and_the_longest_row_cuts_the_output(decode):
+def test_what_is_after_an_end_becomes_padding_and_the_longest_row_cuts_the_output(decode):
     for skip in (0, 1):
         run = decode("p_____", "p_____", skip=skip)
         run.write("pa!b__", "pabc!_")
@@ -135,7 +135,7 @@ def test_a_criterion_is_shown_the_callers_batch_cut_to_the_length_that_a_row_has
     asked = []
     run = decode("p____", "p____", "p____", criteria=[lambda ids, scores: asked.append(seen(ids)) or False])
     run.write("pab_d", "p!___", "pa___")
-    assert asked == [["pa", "p!", "pa"], ["pab", "p!.", "pa_"]], "masks are not known yet, behind an end is padding"
+    assert asked == [["pa", "p!", "pa"], ["pab", "p!.", "pa_"]], "masks are not known yet, after an end is padding"
     asked.clear()
     run.write("pabcd", "pab__")
     assert asked == [

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from hf_flashdlm.cli import main as cli
+from hf_flashdlm.cli import main
 from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.console.terminal import GuardedStream, guarded_terminal, visible
 from hf_flashdlm.tiny import FOLDER as TINY
@@ -87,7 +87,7 @@ def test_what_a_model_writes_does_not_steer_the_terminal(hostile, more):
 
 
 def test_a_pipe_gets_the_text_as_it_is(hostile, capsys):
-    assert cli.main(["generate", "--model", hostile, "--prompt", "x", "--max-new-tokens", "4"]) == 0
+    assert main(["generate", "--model", hostile, "--prompt", "x", "--max-new-tokens", "4"]) == 0
     assert "\x1b\x1b\x1b\x1b" in capsys.readouterr().out
 
 
@@ -112,6 +112,6 @@ def test_a_picture_of_the_canvas_shows_no_control_characters(hostile):
     ],
 )
 def test_a_mistake_is_one_line_without_control_characters(arguments, capsys):
-    assert cli.main(arguments) == 2
+    assert main(arguments) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and said[:-1].isprintable()

@@ -1,1 +1,6 @@
-"""The command line: arguments, streams and exit codes of `flashdlm`."""
+"""The script `flashdlm`: `main` runs the command line."""
+
+from .command import main
+
+
+__all__ = ["main"]

@@ -29,7 +29,7 @@ def add_export(commands) -> None:
         return kind
 
     for name, text, run in (
-        ("model", "the weights of a LLaDA or Dream checkpoint with the code that decodes them", run_export_model),
+        ("model", "the weights of a diffusion model with the code that decodes them", run_export_model),
         ("guider", "an autoregressive model, which needs no code", run_export_guider),
     ):
         kind = add_kind(name, text, run)
@@ -86,7 +86,7 @@ def run_export_strategy(args: argparse.Namespace):
 
 def report_export(directory, repo_id: str) -> None:
     """Print what was written and what publishes it."""
-    from ..hub.push import list_files
+    from ..hub.upload import list_files
 
     print_files(list_files(directory))
     print(shlex.join(["flashdlm", "push", str(directory), repo_id]))
@@ -95,7 +95,7 @@ def report_export(directory, repo_id: str) -> None:
 def run_push(args: argparse.Namespace) -> None:
     """`flashdlm push`."""
     from ..hub.export import check_repo_id
-    from ..hub.push import list_files, push
+    from ..hub.upload import list_files, push
 
     check_repo_id(args.repo_id)
     if args.dry_run:
@@ -105,7 +105,7 @@ def run_push(args: argparse.Namespace) -> None:
 
 
 def print_files(files: dict[str, int]) -> None:
-    """A line for each file, and one for all."""
+    """A line for each file, and a line for their sum."""
     from rich.filesize import decimal
 
     for name, size in files.items():

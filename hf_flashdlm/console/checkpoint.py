@@ -20,19 +20,21 @@ from transformers import (
     TextStreamer,
 )
 
-from ..configuration_dream import DreamConfig
-from ..configuration_llada import LLaDAConfig
 from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
 from ..hub import loading
-from ..hub.loading import check_device, load_config, load_tokenizer
+from ..hub.loading import (
+    check_device,
+    is_diffusion_model,
+    load_config,
+    load_diffusion_config,
+    load_tokenizer,
+    set_mask_token,
+)
 from .defaults import MAX_NEW_TOKENS
 from .display import CanvasStreamer, mask_character
 from .prompts import Prompt, encode_chat, encode_text
 from .terminal import visible
-
-
-MODEL_TYPES = (LLaDAConfig.model_type, DreamConfig.model_type)
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,10 @@ class Checkpoint:
             ValueError: If there is no such checkpoint or it is no diffusion model, or for a device or dtype that is
                 not there.
         """
-        config = load_config("--model", name)
-        if config.model_type not in MODEL_TYPES:
-            raise ValueError(
-                f"`--model` must be a diffusion model of type {' or '.join(MODEL_TYPES)}, got type "
-                f"{config.model_type!r}."
-            )
-        return cls(load_weights("--model", name, config, device, dtype), load_tokenizer("--model", name))
+        model = load_weights("--model", name, load_diffusion_config("--model", name), device, dtype)
+        tokenizer = load_tokenizer("--model", name)
+        set_mask_token("--model", name, model.config, tokenizer)
+        return cls(model, tokenizer)
 
     def load_guider(self, name: str, device: str = "auto", dtype: str = "auto", **settings) -> ARGuider:
         """A guider with `settings` from the model in a folder or on the Hub, which may have another tokenizer."""
@@ -173,7 +172,7 @@ def with_sampling(options: dict) -> dict:
 def load_guider(name: str, device: str = "auto", dtype: str = "auto") -> PreTrainedModel:
     """The autoregressive model in a folder or on the Hub; arguments as of [`Checkpoint.load`]."""
     config = load_config("--guider", name)
-    if config.model_type in MODEL_TYPES or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if is_diffusion_model(config) or type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"`--guider` must be an autoregressive language model, got type {config.model_type!r}.")
     return load_weights("--guider", name, config, device, dtype)
 

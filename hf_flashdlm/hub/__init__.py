@@ -1,1 +1,7 @@
 """Repositories for the Hugging Face Hub: their folders and their upload."""
+
+from .export import export_code, export_guider, export_model, export_strategy
+from .upload import push
+
+
+__all__ = ["export_code", "export_guider", "export_model", "export_strategy", "push"]

@@ -17,6 +17,7 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -28,19 +29,28 @@ from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from ..configuration_dream import DreamConfig
-from ..configuration_llada import LLaDAConfig
 from ..generate import generate
 from ..generation_config import DiffusionOptions
-from ..modeling_dream import DreamModel
-from ..modeling_llada import LLaDAModelLM
+from ..methods import METHODS
 from ..tiny import FOLDER
 from ..tokenization_dream import DreamTokenizer
 from ..version import __version__
-from .loading import bounded, load_config, load_tokenizer, load_weights, refusing, shard_names, stored_sizes
+from .loading import (
+    MODELS,
+    bounded,
+    is_diffusion_model,
+    load_config,
+    load_diffusion_config,
+    load_tokenizer,
+    load_weights,
+    refusing,
+    set_mask_token,
+    shard_names,
+    stored_sizes,
+)
 
 
-MODELS = {LLaDAConfig.model_type: (LLaDAConfig, LLaDAModelLM), DreamConfig.model_type: (DreamConfig, DreamModel)}
+WITH_DEFAULTS = ("llada", "llada_moe", "llada2_moe", "Dream")  # those of a released checkpoint
 AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
 SERVED_AS = "AutoModelForCausalLM"  # `transformers serve` looks `architectures` up in the library alone
 STRATEGY = "custom_generate"  # the folder that Transformers looks for
@@ -49,6 +59,8 @@ REQUIREMENTS = (
     "transformers>=5.18",
 )  # one `name OPERATOR version` a line is all that Transformers reads
 NEEDED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "*.model")  # what a checkpoint is fetched for
+SETTINGS = ("*.json", "*.jinja", "*.txt", "*.model")  # the same without the weights
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them makes a tokenizer
 
 # huggingface_hub has changed its HTTP library before; its own error knows which one it is.
 CONNECTION_ERRORS = tuple(kind for kind in HfHubHTTPError.__bases__ if kind is not OSError)
@@ -56,13 +68,13 @@ CONNECTION_ERRORS = tuple(kind for kind in HfHubHTTPError.__bases__ if kind is n
 
 def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str | None = None) -> Path:
     r"""
-    Write a repository with the weights of a LLaDA or Dream checkpoint, as they are, and the code that decodes them.
+    Write a repository with the weights of a diffusion model, as they are, and the code that decodes them.
 
     Args:
         checkpoint (`str`): Folder or Hub repository, with weights in safetensors and a tokenizer.
         directory (`str` or `Path`): A new or an empty folder.
         repo_id (`str`): The repository that the folder is going to be, for the card.
-        card (`str`, *optional*): One of `model_cards/`; by default the checkpoint's own, or else `"model"`.
+        card (`str`, *optional*): One of `model_cards/`; by default the checkpoint's own or that of its family.
 
     Returns:
         `Path`: The folder.
@@ -74,9 +86,10 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
     source = _fetch(checkpoint)
     config = _diffusion_config(source, checkpoint)
     weights = _whole_weights(source, checkpoint, config)
+    tokenizer = _tokenizer(source, checkpoint)
+    set_mask_token("checkpoint", str(source), config, tokenizer)
     model = _meta_model(config)
     generation_config = _generation_config(source, checkpoint, config)
-    tokenizer = _tokenizer(source, checkpoint)
     with _new_directory(directory, source) as directory:
         for name in weights:
             shutil.copyfile(source / name, directory / name)
@@ -84,8 +97,10 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
         model.config.save_pretrained(directory)
         generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        card = card or _card_of(checkpoint, config)
+        method = getattr(config, "recommended_method", None)
         has_chat_template = tokenizer.chat_template is not None
-        _save_card(directory, card or _card_of(checkpoint), repo_id, checkpoint, has_chat_template=has_chat_template)
+        _save_card(directory, card, repo_id, checkpoint, has_chat_template=has_chat_template, method=method)
     return directory
 
 
@@ -98,7 +113,7 @@ def export_guider(checkpoint: str, directory: str | Path, repo_id: str, card: st
     source = _fetch(checkpoint)
     settings = {"config.json": _config_dict(source, checkpoint)}
     config = load_config("checkpoint", str(source))
-    if config.model_type in MODELS:
+    if is_diffusion_model(config):
         raise ValueError(f"`checkpoint` must be an autoregressive model, got the diffusion model {checkpoint!r}.")
     weights = _whole_weights(source, checkpoint, config)
     if (source / "generation_config.json").is_file():
@@ -120,23 +135,36 @@ def export_code(model_type: str, directory: str | Path, repo_id: str, checkpoint
     Write a repository with code alone, for checkpoints whose weights stay where they are.
 
     Args:
-        model_type (`str`): `"llada"` or `"Dream"`.
+        model_type (`str`): That of a diffusion model; `"llada_moe"` for LLaDA-MoE, whose files say `"llada"`.
         directory (`str` or `Path`): A new or an empty folder.
         repo_id (`str`): The repository that the folder is going to be: its config points at its own code.
-        checkpoint (`str`, *optional*): A checkpoint of other sizes than the 7B and 8B ones, for its configuration.
+        checkpoint (`str`, *optional*): A checkpoint, for its configuration. By default that of LLaDA-8B, Dream-7B,
+            LLaDA-MoE or LLaDA2.0-mini; other types have no default.
 
     Returns:
         `Path`: The folder.
 
     Raises:
-        ValueError: If there is no such architecture, or if the folder is in use.
+        ValueError: If there is no such architecture, or no configuration for it, or if the folder is in use.
     """
     check_repo_id(repo_id)
     if model_type not in MODELS:
-        raise ValueError(f"`model_type` must be {' or '.join(map(repr, MODELS))}, got {model_type!r}.")
-    config = MODELS[model_type][0]() if checkpoint is None else _diffusion_config(_fetch(checkpoint), checkpoint)
-    if config.model_type != model_type:
-        raise ValueError(f"`checkpoint` must be of type {model_type!r}, got {config.model_type!r}.")
+        raise ValueError(f"`model_type` must be one of {', '.join(MODELS)}, got {model_type!r}.")
+    if checkpoint is None and model_type not in WITH_DEFAULTS:
+        raise ValueError(
+            f"`checkpoint` must be given for {model_type!r}, whose checkpoints have no sizes in common: name "
+            "one of them."
+        )
+    if checkpoint is None:
+        config = MODELS[model_type]()
+    else:
+        source = _fetch(checkpoint, SETTINGS)
+        config = _diffusion_config(source, checkpoint)
+        if any((source / name).is_file() for name in TOKENIZERS):
+            set_mask_token("checkpoint", str(source), config, _tokenizer(source, checkpoint))
+    found = next(name for name, kind in MODELS.items() if type(config) is kind)
+    if found != model_type:
+        raise ValueError(f"`checkpoint` must be of type {model_type!r}, got {found!r}.")
     with refusing("`checkpoint` must have a config.json that describes a model"), bounded():
         model = _meta_model(config)
     with _new_directory(directory) as directory:
@@ -172,7 +200,7 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"`repo_id` must have the form organization/name, got {repo_id!r}.")
 
 
-def _fetch(checkpoint: str) -> Path:
+def _fetch(checkpoint: str, names: tuple[str, ...] = NEEDED) -> Path:
     """The folder of a checkpoint, downloaded if it is not one; all that a link in it leads to is inside."""
     with refusing(f"`checkpoint` must be a folder or a repository, got {checkpoint!r}"):
         is_folder = Path(checkpoint).is_dir()
@@ -180,7 +208,7 @@ def _fetch(checkpoint: str) -> Path:
         source = Path(checkpoint)
     else:
         try:
-            source = Path(snapshot_download(checkpoint, allow_patterns=list(NEEDED)))
+            source = Path(snapshot_download(checkpoint, allow_patterns=list(names)))
         except (HFValidationError, OSError, *CONNECTION_ERRORS) as error:
             raise ValueError(
                 f"`checkpoint` must be a folder or a repository that can be downloaded, got {checkpoint!r} "
@@ -218,19 +246,15 @@ def _config_dict(source: Path, checkpoint: str) -> dict:
 
 
 def _diffusion_config(source: Path, checkpoint: str) -> PreTrainedConfig:
-    """The configuration of a LLaDA or Dream checkpoint."""
-    model_type = _config_dict(source, checkpoint).get("model_type")
-    if not isinstance(model_type, str) or model_type not in MODELS:
-        raise ValueError(
-            f"`checkpoint` must be a diffusion model of type {' or '.join(map(repr, MODELS))}, got {model_type!r}."
-        )
-    return load_config("checkpoint", str(source))
+    """The configuration of a diffusion model, which must be there."""
+    _config_dict(source, checkpoint)
+    return load_diffusion_config("checkpoint", str(source))
 
 
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without its weights."""
     with torch.device("meta"):
-        return MODELS[config.model_type][1](config)
+        return AutoModelForCausalLM.from_config(config)
 
 
 def weight_files(source: Path, checkpoint: str) -> list[str]:
@@ -280,7 +304,7 @@ def _generation_config(source: Path, checkpoint: str, config: PreTrainedConfig) 
 def _tokenizer(source: Path, checkpoint: str) -> PreTrainedTokenizerBase:
     """The tokenizer, set to pad as a batch of prompts needs it."""
     # Without its files Transformers would make up an empty one.
-    if not any((source / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((source / name).is_file() for name in TOKENIZERS):
         raise ValueError(f"`checkpoint` must have a tokenizer, which {checkpoint!r} has not.")
     # Dream's tokenizer is Qwen2's, whose name loads without this package and without remote code.
     with refusing(f"`checkpoint` must have a tokenizer of Transformers', which {checkpoint!r} has not"):
@@ -337,10 +361,11 @@ def _cards() -> Path:
     return next(path for path in (package / "model_cards", package.parent / "model_cards") if path.is_dir())
 
 
-def _card_of(checkpoint: str) -> str:
-    """The card of a checkpoint that has one of its own, which is named as it is."""
-    name = checkpoint.rstrip("/").rpartition("/")[2].lower()
-    return name if (_cards() / f"{name}.md").is_file() else "model"
+def _card_of(checkpoint: str, config: PreTrainedConfig) -> str:
+    """The card named like the checkpoint, or like the file of its model: its family's."""
+    family = type(config).__module__.rpartition("configuration_")[2].replace("_", "-")
+    names = (checkpoint.rstrip("/").rpartition("/")[2].lower(), family)
+    return next((name for name in names if (_cards() / f"{name}.md").is_file()), "model")
 
 
 def _save_card(directory: Path, card: str, repo_id: str, checkpoint: str | None, **values) -> None:
@@ -354,6 +379,7 @@ def _save_card(directory: Path, card: str, repo_id: str, checkpoint: str | None,
         "repo_id": repo_id,
         "base_model": None if checkpoint is None or Path(checkpoint).is_dir() else checkpoint,
         "requirements": REQUIREMENTS,
+        "methods": METHODS,
         "results": json.loads((FOLDER / "results.json").read_text(encoding="utf-8")),
     }
     environment = jinja2.Environment(

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -28,6 +29,16 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from ..configuration_a2d import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config
+from ..configuration_diffusion import repository_name
+from ..configuration_dream import DreamConfig
+from ..configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
+from ..configuration_llada import LLaDAConfig
+from ..configuration_llada2 import LLaDA2MoeConfig
+from ..configuration_llada_moe import LLaDAMoEConfig
+from ..configuration_open_dcoder import OpenDCoderConfig
+from ..configuration_sdar import SDARConfig, SDARMoeConfig
+
 
 try:
     import resource
@@ -35,6 +46,21 @@ except ImportError:  # on Windows, where nothing bounds what a template or a con
     resource = None
 
 SECONDS, BYTES = 20, 2**31  # of processor time, and of memory beyond what the process has
+
+# The diffusion models, by `model_type`; LLaDA-MoE, which has that of LLaDA, by a name of its own.
+MODELS: dict[str, type[PreTrainedConfig]] = {
+    "llada": LLaDAConfig,
+    "llada_moe": LLaDAMoEConfig,
+    "llada2_moe": LLaDA2MoeConfig,
+    "Dream": DreamConfig,
+    "open_dcoder": OpenDCoderConfig,
+    "sdar": SDARConfig,
+    "sdar_moe": SDARMoeConfig,
+    "Fast_dLLM_Qwen": Fast_dLLM_QwenConfig,
+    "a2d-qwen3": A2DQwen3Config,
+    "a2d-qwen2": A2DQwen2Config,
+    "a2d-llama": A2DLlamaConfig,
+}
 
 
 class LimitReached(RuntimeError):
@@ -71,8 +97,8 @@ def bounded(seconds: float | None = None, memory: int = BYTES) -> Iterator[None]
 @contextmanager
 def refusing(sentence: str) -> Iterator[None]:
     """
-    Turn whatever a library raises at a file into a `ValueError`: `sentence` and what is wrong. Files can be broken in
-    so many ways that libraries raise all kinds of errors at them.
+    Turn whatever a library raises at a file into a `ValueError`: `sentence` and what is wrong. Which errors libraries
+    raise depends on how the file is broken, so this catches all.
     """
     try:
         yield
@@ -102,7 +128,17 @@ def load_config(option: str, name: str) -> PreTrainedConfig:
     if is_folder:
         check_regular(option, Path(name))
     with refusing(f"{place} {name!r}"), bounded():
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`{option}` must have a `model_type` that Transformers or hf_flashdlm knows, got {model_type!r} in "
+            f"{name!r}: load the model with its own code, and pass it to `diffusion_generate`."
+        )
+    with refusing(f"{place} {name!r}"), bounded():
+        # The file of Open-dCoder is that of a Qwen2, and its name alone says what it is.
+        is_open_dcoder = model_type == "qwen2" and "open-dcoder" in repository_name(name).lower()
+        kind = OpenDCoderConfig if is_open_dcoder else AutoConfig
+        config = kind.from_pretrained(name, trust_remote_code=False)
         kernel = config._attn_implementation
     if kernel is not None and "/" in str(kernel):
         raise ValueError(
@@ -110,6 +146,34 @@ def load_config(option: str, name: str) -> PreTrainedConfig:
             "remove it from config.json."
         )
     return config
+
+
+def load_diffusion_config(option: str, name: str) -> PreTrainedConfig:
+    """The configuration of a diffusion model; see the module for `option`."""
+    config = load_config(option, name)
+    if not is_diffusion_model(config):
+        raise ValueError(
+            f"`{option}` must be a diffusion model, got {name!r} with `model_type` {config.model_type!r}: there are "
+            f"{', '.join(MODELS)}."
+        )
+    return config
+
+
+def is_diffusion_model(config: PreTrainedConfig) -> bool:
+    """Whether the package has a model for it."""
+    return type(config) in MODELS.values()
+
+
+def set_mask_token(option: str, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Take the mask token from the tokenizer where `config.json` names none; refuse a checkpoint without one."""
+    stated = PreTrainedConfig.get_config_dict(name)[0].get("mask_token_id")
+    token_id = tokenizer.mask_token_id if stated is None else stated
+    config.mask_token_id = config.mask_token_id if token_id is None else token_id
+    if config.mask_token_id is None or not 0 <= config.mask_token_id < config.vocab_size:
+        raise ValueError(
+            f"`{option}` must name a mask token of its vocabulary of {config.vocab_size}, but {name!r} names "
+            f"{config.mask_token_id}: put `mask_token_id` into its config.json."
+        )
 
 
 def check_regular(option: str, folder: Path) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from hf_flashdlm import make_bidirectional
 from hf_flashdlm.hub.export import export_code, export_guider, export_model, export_strategy
-from hf_flashdlm.hub.push import push
+from hf_flashdlm.hub.upload import push
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def minihub(tmp_path_factory):
         patch.setattr(constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub_cache")))
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol that this Hub does not support
         patch.delenv("HF_TOKEN", raising=False)
-        patch.setattr("hf_flashdlm.hub.push.get_token", lambda: None)
+        patch.setattr("hf_flashdlm.hub.upload.get_token", lambda: None)
         yield minihub
 
 

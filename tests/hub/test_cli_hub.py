@@ -11,8 +11,8 @@ from hub_cases import GUIDER, MODEL, ROOT, STRATEGY, TINY
 from minihub import TOKEN, MiniHub
 
 from hf_flashdlm import __version__
-from hf_flashdlm.cli import main as cli
-from hf_flashdlm.hub.push import list_files
+from hf_flashdlm.cli import main
+from hf_flashdlm.hub.upload import list_files
 
 
 # Warnings of the client itself when it sends a large file.
@@ -24,7 +24,7 @@ def run(capsys):
     """`run(words)`: what a command prints to standard output."""
 
     def run(*words):
-        assert cli.main(list(map(str, words))) == 0
+        assert main(list(map(str, words))) == 0
         return capsys.readouterr().out
 
     return run
@@ -45,7 +45,7 @@ def test_the_commands_export_and_list(run, minihub, tmp_path):
 
 
 def test_the_command_pushes(exported, minihub, run, monkeypatch):
-    monkeypatch.setattr("hf_flashdlm.hub.push.get_token", lambda: TOKEN)
+    monkeypatch.setattr("hf_flashdlm.hub.upload.get_token", lambda: TOKEN)
     printed = run("push", exported[STRATEGY], "o/command", "--private", "--tag", "v9")
     assert printed == f"{minihub.url}/o/command/tree/v9\n"
     assert minihub.repositories["o/command"].private and "v9" in minihub.repositories["o/command"].tags
@@ -54,9 +54,9 @@ def test_the_command_pushes(exported, minihub, run, monkeypatch):
 def test_a_mistake_in_a_folder_is_one_sentence(exported, tmp_path, capsys):
     folder = shutil.copytree(exported[STRATEGY], tmp_path / "strategy")
     (folder / "README.md").unlink()
-    assert cli.main(["push", str(folder), "no-organization", "--dry-run"]) == 2
+    assert main(["push", str(folder), "no-organization", "--dry-run"]) == 2
     assert "`repo_id` must have the form organization/name" in capsys.readouterr().err
-    assert cli.main(["push", str(folder), "o/n", "--dry-run"]) == 2
+    assert main(["push", str(folder), "o/n", "--dry-run"]) == 2
     refusal = f"flashdlm: `directory` must be a complete repository, but {str(folder)!r} has no README.md.\n"
     assert capsys.readouterr() == ("", refusal)
 

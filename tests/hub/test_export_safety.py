@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from hf_flashdlm.hub.export import export_guider, export_model, export_strategy
-from hf_flashdlm.hub.push import list_files
+from hf_flashdlm.hub.upload import list_files
 from hf_flashdlm.tiny import FOLDER as TINY
 
 

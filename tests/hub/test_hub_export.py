@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import check_python_requirements
 
+from hf_flashdlm import DreamConfig, LLaDAConfig, LLaDAMoEConfig, SDARConfig
 from hf_flashdlm.generation_config import (
     DEFAULT_BLOCK_LENGTH,
     DEFAULT_CONFIDENCE_THRESHOLD,
@@ -72,7 +73,7 @@ def test_weights_names_and_options_are_kept(exported):
     assert not list(exported[CODE].glob("*.safetensors"))
 
 
-def test_options_survive_a_config_that_the_host_derived(tmp_path):
+def test_options_survive_a_config_that_transformers_derived(tmp_path):
     source = shutil.copytree(TINY / "dlm", tmp_path / "source")
     derived = {"_from_model_config": True, "block_length": 4, "eos_token_id": 0}
     (source / "generation_config.json").write_text(json.dumps(derived))
@@ -107,7 +108,7 @@ def test_the_tokenizer_of_dream_is_saved_as_qwen2s(tmp_path):
     assert "auto_map" not in saved and saved["padding_side"] == "left"
 
 
-def test_the_host_reads_the_requirements(exported, monkeypatch):
+def test_transformers_reads_the_requirements(exported, monkeypatch):
     check_python_requirements(exported[STRATEGY], "custom_generate/requirements.txt")
     with monkeypatch.context() as patch:
         patch.setattr("importlib.metadata.version", lambda name: {"torch": "2.6", "transformers": "5.17.0"}[name])
@@ -126,7 +127,8 @@ CARDS = sorted(path.stem for path in (ROOT / "model_cards").glob("[!_R]*.md"))
 
 @pytest.mark.parametrize("card", CARDS)
 def test_a_card_is_valid(card, tmp_path):
-    _save_card(tmp_path, card, "o/n", None, **({"model_type": "Dream"} if card == "code" else {}))
+    values = {"code": {"model_type": "Dream"}, "sdar": {"method": "sdar"}}
+    _save_card(tmp_path, card, "o/n", None, **values.get(card, {}))
     content = (tmp_path / "README.md").read_text(encoding="utf-8")
     data = ModelCard(content).data
     assert isinstance(data, ModelCardData)
@@ -143,15 +145,17 @@ def test_a_card_is_valid(card, tmp_path):
     compile(usage(content), card, "exec")
 
 
-def test_cards_of_checkpoints_are_found_by_their_names(tmp_path):
-    assert _card_of("GSAI-ML/LLaDA-1.5") == "llada-1.5"
-    assert _card_of("Dream-org/Dream-v0-Instruct-7B/") == "dream-v0-instruct-7b"
-    assert _card_of("o/unheard-of") == "model"
-    for checkpoint, license in (
-        ("GSAI-ML/LLaDA-8B-Instruct", "mit"),
-        ("Dream-org/Dream-v0-Instruct-7B", "apache-2.0"),
+def test_cards_of_checkpoints_are_found_by_their_names_and_families(tmp_path):
+    assert _card_of("GSAI-ML/LLaDA-1.5", LLaDAConfig()) == "llada-1.5"
+    assert _card_of("Dream-org/Dream-v0-Instruct-7B/", DreamConfig()) == "dream-v0-instruct-7b"
+    assert _card_of("o/unheard-of", DreamConfig()) == "model"
+    assert _card_of("o/unheard-of", SDARConfig()) == "sdar"
+    assert _card_of("o/unheard-of", LLaDAMoEConfig()) == "llada-moe"
+    for checkpoint, kind, license in (
+        ("GSAI-ML/LLaDA-8B-Instruct", LLaDAConfig, "mit"),
+        ("Dream-org/Dream-v0-Instruct-7B", DreamConfig, "apache-2.0"),
     ):
-        _save_card(tmp_path, _card_of(checkpoint), "o/n", checkpoint)
+        _save_card(tmp_path, _card_of(checkpoint, kind()), "o/n", checkpoint)
         data = ModelCard.load(tmp_path / "README.md").data
         assert (data.license, data.base_model) == (license, [checkpoint])
 
@@ -195,13 +199,17 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, minihub, tmp_path):
     def export(path, *more):
         return (export_model, str(path), tmp_path / "out", "o/n", *more)
 
-    refused("`checkpoint` must be a diffusion model of type 'llada' or 'Dream', got 'llama'", *export(TINY / "guider"))
+    refused(
+        "`checkpoint` must be a diffusion model, got .*guider' with `model_type` 'llama'", *export(TINY / "guider")
+    )
     refused(
         "must be a folder or a repository that can be downloaded, got 'o/absent' \\(Repo.*Error\\)",
         *export("o/absent"),
     )
     refused("must be an autoregressive model", export_guider, str(checkpoint), tmp_path / "out", "o/n")
-    refused("`model_type` must be 'llada' or 'Dream', got 'gpt2'", export_code, "gpt2", tmp_path / "out", "o/n")
+    refused(
+        "`model_type` must be one of llada, .*, a2d-llama, got 'gpt2'", export_code, "gpt2", tmp_path / "out", "o/n"
+    )
     refused("must be of type 'llada', got 'Dream'", export_code, "llada", tmp_path / "out", "o/n", str(checkpoint))
     weights = load_file(checkpoint / "model.safetensors")
     del weights["lm_head.weight"]
@@ -226,5 +234,5 @@ def test_folders_and_cards_that_do_not_fit_are_refused(checkpoint, tmp_path):
         export_strategy(checkpoint, "o/n")
     with pytest.raises(ValueError, match="`directory` must be new or empty"):
         export_strategy(checkpoint / "config.json", "o/n")
-    with pytest.raises(ValueError, match="`card` must be one of code, .*, tiny-guider, got 'none'"):
+    with pytest.raises(ValueError, match="`card` must be one of a2d, .*, tiny-guider, got 'none'"):
         export_model(str(checkpoint), tmp_path / "out", "o/n", "none")

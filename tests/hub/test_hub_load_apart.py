@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from hub_cases import APART, CODE, GUIDER, LLADA, MODEL, QUESTIONS, STRATEGY, SUMMARY, TINY, summary, usage
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM, Qwen2ForCausalLM
 
 from hf_flashdlm import __version__, diffusion_generate, make_bidirectional
 from hf_flashdlm.generate import decode, generate
@@ -51,6 +51,27 @@ print(json.dumps({{
     llada = AutoModelForCausalLM.from_pretrained(exported[LLADA])
     output = llada.generate(torch.arange(20, 28)[None], max_new_tokens=12, return_dict_in_generate=True)
     assert answers["llada"] == summary(output)
+
+
+def test_tokenizers_need_no_code_and_a_guider_is_loaded_without_a_question(run_apart):
+    answers = run_apart(f"""{APART}
+import builtins
+asked = []
+builtins.input = lambda text: asked.append(text) or "n"
+model = AutoTokenizer.from_pretrained("{MODEL}", trust_remote_code=False)
+AutoModelForCausalLM.from_pretrained("{GUIDER}")
+guider = AutoTokenizer.from_pretrained("{GUIDER}")
+print(json.dumps({{"asked": asked, "ids": [one("Ben has 5 pens.").input_ids for one in (model, guider)]}}))
+""")
+    known = [AutoTokenizer.from_pretrained(TINY / name)("Ben has 5 pens.").input_ids for name in ("dlm", "guider")]
+    assert answers == {"asked": [], "ids": known}
+
+
+def test_with_the_package_a_repository_is_loaded_without_a_question(exported, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda text: pytest.fail(text))
+    for name in (MODEL, LLADA, GUIDER):
+        assert AutoTokenizer.from_pretrained(exported[name])("Ben has 5 pens.").input_ids
+        assert AutoModelForCausalLM.from_pretrained(exported[name]).dtype
 
 
 def test_a_code_repository_runs_weights_of_another_one(run_apart, exported, batch, expected):
@@ -123,7 +144,7 @@ print(json.dumps([
 # The forms of `custom_generate`, in this process
 
 
-def test_generate_takes_positions_keywords_and_what_the_host_adds(foreign, batch, guider, expected):
+def test_generate_takes_positions_keywords_and_what_transformers_adds(foreign, batch, guider, expected):
     added = {"revision": "0.1.0", "token": None, "cache_dir": "x", "trust_remote_code": True, "synced_gpus": None}
     ids, mask = batch["input_ids"], batch["attention_mask"]
     config = GenerationConfig(**foreign.generation_config.to_dict())

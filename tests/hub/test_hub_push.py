@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_flashdlm import __version__
 from hf_flashdlm.hub.export import export_model, export_strategy
-from hf_flashdlm.hub.push import list_files, push
+from hf_flashdlm.hub.upload import list_files, push
 
 
 # Warnings of the client itself when it sends a large file.

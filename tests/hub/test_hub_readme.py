@@ -6,9 +6,9 @@ from huggingface_hub import ModelCard
 from minihub import TOKEN
 from pages import commands, page, section, snippets
 
-from hf_flashdlm.cli import main as cli
+from hf_flashdlm.cli import main
 from hf_flashdlm.hub.export import export_model
-from hf_flashdlm.hub.push import push
+from hf_flashdlm.hub.upload import push
 
 
 # Warnings of the client itself when it sends a large file.
@@ -69,13 +69,13 @@ def test_the_snippets_run_as_written(run_apart, installed):
 @pytest.mark.parametrize("text", [README, PAGE], ids=["README", "page"])
 def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys, text):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("hf_flashdlm.hub.push.get_token", lambda: TOKEN)
+    monkeypatch.setattr("hf_flashdlm.hub.upload.get_token", lambda: TOKEN)
     calls = commands(text, "flashdlm")
     *exports, push_call = calls
     assert {words[0] for words in exports} == {"export"} and push_call[0] == "push"
     for words in calls:
-        assert cli.main(words) == 0
+        assert main(words) == 0
     listed = capsys.readouterr().out
     assert "  model.safetensors\n" in listed and "my-org/flash-llada" not in originals.repositories
-    assert cli.main([word for word in push_call if word != "--dry-run"]) == 0
+    assert main([word for word in push_call if word != "--dry-run"]) == 0
     assert originals.repositories.pop("my-org/flash-llada").private == ("--private" in push_call)
