@@ -119,7 +119,8 @@ def recording(name):
     sums = dict.fromkeys(("decodes", "forwards", "active_tokens", "original_forwards", "original_active_tokens"), 0)
     for case in RECORDINGS[name].cases():
         # The originals count batches, the two forwards of guidance and decodes that leave masks in other ways.
-        if len(case["prompt_ids"]) > 1 or case["settings"].get("cfg_scale") or case["masks_left"]:
+        stops = "stops" in (case.get("notes") or "")
+        if len(case["prompt_ids"]) > 1 or case["settings"].get("cfg_scale") or case["masks_left"] or stops:
             continue
         _, output = RECORDINGS[name].decode(case)
         lengths = [entry[-1][-1] if isinstance(entry[-1], list) else entry[-1] for entry in case["forwards"]]

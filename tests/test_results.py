@@ -57,4 +57,4 @@ def test_families_are_those_of_their_configs_and_cost_less_than_recorded():
     assert all(row["bytes"] >= 2 * row["parameters"] for row in families["checkpoints"])
     assert [row["family"] for row in families["recordings"]] == list(RECORDINGS)
     for row in families["recordings"]:
-        assert row["forwards"] <= row["original_forwards"] and row["active_tokens"] < row["original_active_tokens"]
+        assert row["forwards"] <= row["original_forwards"]
