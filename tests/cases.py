@@ -1,6 +1,7 @@
 """What the tests of whole decodes share: prompts, every window policy, every rule, and an alphabet."""
 
 import pytest
+import torch
 
 
 MASK = 511
@@ -65,3 +66,11 @@ def spell(token_ids):
 
 
 PLAIN = dict(max_new_tokens=12, block_length=4, stop_at_eos=False, steps=9)
+
+
+def left_padded(prompts, pad_token_id=0):
+    """Ids and attention mask of prompts of different length."""
+    longest = max(map(len, prompts))
+    ids = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids), torch.tensor(mask)

@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import cases
 import hypothesis
 import pytest
 import torch
@@ -73,14 +74,7 @@ def tiny():
 @pytest.fixture(scope="session")
 def left_padded():
     """Ids and attention mask of prompts of different length."""
-
-    def left_padded(prompts, pad_token_id=0):
-        longest = max(map(len, prompts))
-        ids = [[pad_token_id] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        mask = [[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-        return torch.tensor(ids), torch.tensor(mask)
-
-    return left_padded
+    return cases.left_padded
 
 
 def check_guidance(output, guider):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_goldens_block_causal import GOLDENS
+from recorded_decodes import GOLDENS
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_flashdlm import ARGuider, diffusion_generate, make_bidirectional, make_block_causal

@@ -85,7 +85,34 @@ def expect_scores(record, shown):
         yield [name, f"{100 * score['exact_match']:.1f}", f"{score['nfe']:.2f}"]
 
 
+def expect_checkpoints(record, shown):
+    """All checkpoints."""
+    yield [*shown[0]]
+    for row in record["checkpoints"]:
+        blocks = row["attention_block_length"]
+        yield [
+            f"`{row['checkpoint']}`",
+            f"`{row['class']}`",
+            f"`{row['method']}`",
+            "-" if blocks is None else str(blocks),
+            row["licence"] or "its card's",
+            f"{row['parameters'] / 1e9:.2f}",
+            f"{row['bytes'] / 1e9:.1f}",
+            row["config"],
+        ]
+
+
+def expect_recordings(record, shown):
+    """All families."""
+    yield [*shown[0]]
+    for row in record["recordings"]:
+        counts = ("decodes", "forwards", "original_forwards", "active_tokens", "original_active_tokens")
+        yield [row["family"], *(f"{row[name]:,}" for name in counts)]
+
+
 EXPECTED = {
+    "families.json, checkpoints": expect_checkpoints,
+    "families.json, recordings": expect_recordings,
     "demo.json": expect_demo,
     "ablation.json": expect_ablation,
     "ablation.json, models": expect_guiders,

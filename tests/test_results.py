@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from recorded_decodes import RECORDINGS
+
+from hf_flashdlm import METHODS
 
 
 def record(name):
@@ -46,3 +49,12 @@ def test_the_guider_alone_is_the_fastest():
 def test_a_mask_of_all_pairs_would_take_more_than_the_memory_of_a_long_prompt():
     (row,) = record("long")["rows"]
     assert (32768 + 32) ** 2 > row["kept_bytes"] + row["peak_memory_bytes"]
+
+
+def test_families_are_those_of_their_configs_and_cost_less_than_recorded():
+    families = record("families")
+    assert all(row["settings"] == METHODS[row["method"]] for row in families["checkpoints"])
+    assert all(row["bytes"] >= 2 * row["parameters"] for row in families["checkpoints"])
+    assert [row["family"] for row in families["recordings"]] == list(RECORDINGS)
+    for row in families["recordings"]:
+        assert row["forwards"] <= row["original_forwards"]
