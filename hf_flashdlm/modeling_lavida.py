@@ -208,6 +208,20 @@ class LavidaMixin(FlashDLMGenerationMixin):
             **kwargs,
         )
 
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """Repeat the images of each prompt together; older versions of Transformers repeat them one by one."""
+        images, token_id = mm_encoder_output.get("image"), self.config.image_token_id
+        if images is None or token_id is None:
+            return mm_encoder_output
+        left, expanded = list(images.pooler_output), []
+        for count in (input_ids == token_id).sum(-1).tolist():
+            of_row: list[torch.Tensor] = []
+            while left and sum(len(one) for one in of_row) < count:
+                of_row.append(left.pop(0))
+            expanded += expand_size * of_row
+        images = BaseModelOutputWithPooling(images.last_hidden_state, [*expanded, *left])  # type: ignore[arg-type]
+        return {**mm_encoder_output, "image": images}
+
 
 class LlavaLladaForMaskedDiffusion(LavidaMixin, LLaDAModelLM):
     r"""

@@ -15,6 +15,10 @@ REASONS = {
         "LLaDA2 in the format of its trainer dFactory, with stacked experts, is not supported: convert it to the "
         "Hub's format with dFactory's script"
     ),
+    "dimple": (
+        "Dimple counts the positions of images in three dimensions, which is not supported: load it with its own "
+        "code, in a process that does not import hf_flashdlm"
+    ),
 }
 
 

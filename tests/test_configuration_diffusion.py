@@ -349,6 +349,11 @@ def test_a_bad_length_given_when_loading_is_refused_before_weights_are_loaded(ch
             "LLaDA2 in the format of its trainer dFactory, with stacked experts, is not supported: convert it to the "
             "Hub's format with dFactory's script",
         ),
+        (
+            "dimple",
+            "Dimple counts the positions of images in three dimensions, which is not supported: load it with its own "
+            "code, in a process that does not import hf_flashdlm",
+        ),
     ],
 )
 def test_known_models_that_cannot_be_decoded_are_refused_by_name(checkpoint, model_type, reason):
