@@ -77,4 +77,4 @@ def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys):
     listed = capsys.readouterr().out
     assert "  model.safetensors\n" in listed and "my-org/flash-llada" not in originals.repositories
     assert main([word for word in push_call if word != "--dry-run"]) == 0
-    assert originals.repositories.pop("my-org/flash-llada").private == ("--private" in push_call)
+    assert originals.repositories.pop("my-org/flash-llada").private is True
