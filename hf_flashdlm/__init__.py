@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoProcessor,
     AutoTokenizer,
 )
 
@@ -44,6 +45,7 @@ from .modeling_llada2 import LLaDA2MoeModelLM
 from .modeling_llada_moe import LLaDAMoEModelLM
 from .modeling_open_dcoder import OpenDCoderModel
 from .modeling_sdar import SDARForCausalLM, SDARMoeForCausalLM
+from .processing_lavida import LavidaProcessor
 from .schedule import Schedule
 from .tokenization_dream import DreamTokenizer
 from .unmasking import Confidence, Drafts, MostConfident, UnmaskingRule
@@ -90,6 +92,7 @@ __all__ = [
     "LLaDAModelLM",
     "LavidaDreamConfig",
     "LavidaLLaDAConfig",
+    "LavidaProcessor",
     "LlavaDreamForMaskedDiffusion",
     "LlavaLladaForMaskedDiffusion",
     "LogLikelihoodOutput",
@@ -133,6 +136,7 @@ _VISION: dict[Any, type] = {
 _SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM}
 for _config, _model in _VISION.items():
     AutoConfig.register(_config.model_type, _config)
+    AutoProcessor.register(_config, LavidaProcessor)
     for _auto in (AutoModel, AutoModelForImageTextToText):
         _auto.register(_config, _model)
 for _config in (*_MODELS, *REFUSED):
@@ -142,4 +146,5 @@ for _config, _model in (_MODELS | _SHARED).items():
         _auto.register(_config, _model)
     if not _config.logits_shift:  # a masked language model scores each position in place
         AutoModelForMaskedLM.register(_config, _model)
-AutoTokenizer.register(DreamConfig, tokenizer_class=DreamTokenizer)
+for _config in (DreamConfig, LavidaDreamConfig):
+    AutoTokenizer.register(_config, tokenizer_class=DreamTokenizer)

@@ -30,6 +30,14 @@ def check_block_origin(name: str, value) -> None:
         raise ValueError(f"`{name}` must be 'row' or 'prompt', got {value!r}.")
 
 
+def check_experts(per_token, number) -> None:
+    """Refuse more experts for a token than there are, and none."""
+    if not 1 <= per_token <= number:
+        raise ValueError(
+            f"`num_experts_per_tok` must be from 1 to `num_experts` ({number}), got {per_token}: change one of them."
+        )
+
+
 def repository_name(name_or_path) -> str:
     """The last part of a checkpoint's name on the Hub or of its folder; in the Hub's cache folders have hashes."""
     parts = PurePath(name_or_path).parts or ("",)
@@ -87,9 +95,9 @@ class DiffusionConfig(PreTrainedConfig):
         self.rope_theta = self.rope_parameters["rope_theta"]
         if self.mask_token_id is None and (self.released_mask_token_id or self.vocab_size) < self.vocab_size:
             self.mask_token_id = self.released_mask_token_id
-        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+        if self.mask_token_id is not None and self.mask_token_id not in range(self.vocab_size):
             raise ValueError(
-                f"`mask_token_id` must be an id of the vocabulary of {self.vocab_size}, got {self.mask_token_id}: "
+                f"`mask_token_id` must be an id of the vocabulary of {self.vocab_size}, got {self.mask_token_id!r}: "
                 "set it to the tokenizer's."
             )
         for name in ("is_causal", "use_sliding_window"):
@@ -98,9 +106,9 @@ class DiffusionConfig(PreTrainedConfig):
                     f"`{name}` must be False for a diffusion model, got True: load an autoregressive checkpoint with "
                     "the class of its architecture."
                 )
-        if self.attention_block_length is not None:
-            name = self.attribute_map.get("attention_block_length", "attention_block_length")
-            check_block_length(name, self.attention_block_length)
+        name = self.attribute_map.get("attention_block_length")
+        if name is not None or self.attention_block_length is not None:  # where a file has a name for it, it is needed
+            check_block_length(name or "attention_block_length", self.attention_block_length)
         check_block_origin("attention_block_origin", self.attention_block_origin)
         if self.recommended_method not in (None, *METHODS):
             raise ValueError(

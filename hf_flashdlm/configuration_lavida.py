@@ -99,6 +99,17 @@ class LavidaLLaDAConfig(LavidaConfig, LLaDAConfig):
     model_type = "llava_llada"
     released_image_token_id = 126349
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """[`~transformers.PreTrainedConfig.from_dict`], but for LLaDA-V, whose file has the same `model_type`."""
+        architectures = config_dict.get("architectures") or []
+        if "LlavaLLaDAModelLM" in architectures or ("hidden_size" in config_dict and "d_model" not in config_dict):
+            raise ValueError(
+                "`model_type` 'llava_llada' must be a LaViDa here, got LLaDA-V, whose vision part and weight names "
+                "are others: load it with its own code, in a process that does not import hf_flashdlm."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
 
 class LavidaDreamConfig(LavidaConfig, DreamConfig):
     """[`DreamConfig`] with the fields of [`LavidaConfig`]."""

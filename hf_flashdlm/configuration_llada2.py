@@ -26,6 +26,10 @@ IMPLEMENTED = {
 }
 # Fields of LLaDA2.2, which inserts and deletes tokens and routes whole blocks.
 UNKNOWN_FIELDS = ("expert_capacity", "delete_token_id", "split_token_id")
+UNSUPPORTED = (
+    "LLaDA2.2 inserts and deletes tokens, which is not supported: load it with its own code, in a process that does "
+    "not import hf_flashdlm"
+)
 
 
 class LLaDA2MoeConfig(DiffusionConfig):
@@ -178,9 +182,12 @@ class LLaDA2MoeConfig(DiffusionConfig):
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.eos_token_id is None:
             self.eos_token_id = self.pad_token_id
+        name = repository_name(kwargs.get("name_or_path", "")).lower()
+        if "llada2.2" in name:
+            raise ValueError(f"the checkpoint must be of LLaDA2.0 or LLaDA2.1, got {name!r}: {UNSUPPORTED}.")
         if self.recommended_method is None:
             # Nothing but its name tells a checkpoint that edits its tokens from one that does not.
-            edits = "llada2.1" in repository_name(kwargs.get("name_or_path", "")).lower()
+            edits = "llada2.1" in name
             self.recommended_method = "llada2.1" if edits else "llada2"
         super().__post_init__(**kwargs)
         self.partial_rotary_factor = self.rope_parameters["partial_rotary_factor"]
@@ -189,8 +196,8 @@ class LLaDA2MoeConfig(DiffusionConfig):
         present = [name for name in UNKNOWN_FIELDS if getattr(self, name, None) is not None]
         if present:
             raise ValueError(
-                f"`{present[0]}` belongs to LLaDA2.2, which inserts and deletes tokens and is not supported, got "
-                f"{getattr(self, present[0])}: load a checkpoint of LLaDA2.0 or LLaDA2.1."
+                f"`{present[0]}` must not be given for LLaDA2.0 or LLaDA2.1, got {getattr(self, present[0])}: "
+                f"{UNSUPPORTED}."
             )
         self.require(IMPLEMENTED)
         self._check_sizes()

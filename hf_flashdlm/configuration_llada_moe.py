@@ -7,7 +7,7 @@ checkpoint uses. Knows nothing of generation settings or tokenizers.
 from transformers import Qwen3MoeConfig
 from transformers.modeling_rope_utils import RopeParameters
 
-from .configuration_diffusion import DiffusionConfig
+from .configuration_diffusion import DiffusionConfig, check_experts
 
 
 # The original code can build other architectures out of the same fields; every released LLaDA-MoE has these values.
@@ -170,11 +170,7 @@ class LLaDAMoEConfig(DiffusionConfig):
                 f"`moe_layer_freq` must have an entry for each of the {self.num_hidden_layers} layers, got "
                 f"{len(self.moe_layer_freq)}: change one of them."
             )
-        if not 1 <= self.num_experts_per_tok <= self.num_experts:
-            raise ValueError(
-                f"`num_experts_per_tok` must be from 1 to `num_experts` ({self.num_experts}), got "
-                f"{self.num_experts_per_tok}: change one of them."
-            )
+        check_experts(self.num_experts_per_tok, self.num_experts)
 
 
 __all__ = ["LLaDAMoEConfig"]

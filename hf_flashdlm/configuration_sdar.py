@@ -7,7 +7,7 @@ import re
 
 from transformers import Qwen3Config, Qwen3MoeConfig
 
-from .configuration_diffusion import DiffusionConfig, repository_name
+from .configuration_diffusion import DiffusionConfig, check_experts, repository_name
 
 
 class _Blocks(DiffusionConfig):
@@ -59,6 +59,10 @@ class SDARMoeConfig(_Blocks, Qwen3MoeConfig):
     model_type = "sdar_moe"
     # The original file counts the experts as `num_experts`, and so must a saved file.
     attribute_map = {"attention_block_length": "block_size", "num_local_experts": "num_experts"}
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        check_experts(self.num_experts_per_tok, self.num_experts)
 
 
 __all__ = ["SDARConfig", "SDARMoeConfig"]

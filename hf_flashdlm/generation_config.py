@@ -265,7 +265,7 @@ class DiffusionOptions:
     def _check_number(self, name: str, kind: type, lowest: int, highest: int | None = None) -> None:
         value = getattr(self, name)
         allowed = (int,) if kind is int else (int, float)
-        if value is None:
+        if value is None and self.__dataclass_fields__[name].default is None:
             return
         fits = isinstance(value, allowed) and not isinstance(value, bool) and value >= lowest
         if not fits or (highest is not None and value > highest):

@@ -165,6 +165,9 @@ def check_numbers(generation_config: GenerationConfig) -> None:
         value = getattr(generation_config, name, None)
         if isinstance(value, Integral) and int(value) > MOST_STEPS:
             raise ValueError(f"`{name}` must be at most {MOST_STEPS}, got {value}: lower it.")
+    penalty = generation_config.repetition_penalty
+    if isinstance(penalty, int | float) and not penalty > 0:
+        raise ValueError(f"`repetition_penalty` must be greater than 0, got {penalty}.")
     scales = ["guidance_scale", "position_temperature", "repetition_penalty"]
     for name in (*scales, *(["temperature"] if generation_config.do_sample else [])):
         value = getattr(generation_config, name, None)

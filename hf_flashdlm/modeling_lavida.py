@@ -62,7 +62,7 @@ class LavidaBase(PreTrainedModel):
     def get_image_features(
         self,
         pixel_values: torch.Tensor,
-        image_sizes: torch.Tensor,
+        image_sizes: torch.Tensor | None = None,
         batch_num_images: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
@@ -79,26 +79,48 @@ class LavidaBase(PreTrainedModel):
         Returns:
             [`~transformers.modeling_outputs.BaseModelOutputWithPooling`]: `pooler_output` is a list with a tensor
             `(num_tokens, hidden_size)` for each image.
+
+        Raises:
+            ValueError: If the shapes are not those of each other or of the model.
         """
-        if pixel_values.ndim != 5 or len(image_sizes) != len(pixel_values):
-            raise ValueError(
-                "`pixel_values` must have the shape (num_images, num_tiles, 3, height, width), with a row of "
-                f"`image_sizes` for each image, got {tuple(pixel_values.shape)} and {tuple(image_sizes.shape)}: pass "
-                "what the processor returns."
-            )
-        size = self.config.vision_config.image_size
-        counts = [len(image_sizes)] if batch_num_images is None else batch_num_images.tolist()
-        is_single = [batch_num_images is None or count == 1 for count in counts for _ in range(count)]
-        num_tiles = [
-            image_size_to_num_patches(one, self._pinpoints, size) if single else 1
-            for one, single in zip(image_sizes, is_single, strict=True)
-        ]
+        sizes, num_tiles = self._check_images(pixel_values, image_sizes, batch_num_images)
         tiles = torch.cat([tiles[:number] for tiles, number in zip(pixel_values, num_tiles, strict=True)])
         weight = self.mm_projector[0].weight
         states = self.mm_projector(self.vision_tower.vision_tower.vision_model(tiles.to(weight)))
         pooled = self._pool(states).split(num_tiles)
-        packed: Any = [self._pack(one, image) for one, image in zip(pooled, image_sizes, strict=True)]
+        packed: Any = [self._pack(one, image) for one, image in zip(pooled, sizes, strict=True)]
         return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=packed)
+
+    def _check_images(self, pixel_values, image_sizes, batch_num_images):
+        """The height and width of each image, and its number of tiles; refuses what the processor would not return."""
+        size, count = self.config.vision_config.image_size, len(pixel_values)
+        if pixel_values.ndim != 5 or pixel_values.shape[2:] != (3, size, size):
+            raise ValueError(
+                f"`pixel_values` must have the shape (num_images, num_tiles, 3, {size}, {size}), got "
+                f"{tuple(pixel_values.shape)}: pass what the processor of the model returns."
+            )
+        if image_sizes is None or image_sizes.shape != (count, 2):
+            got = None if image_sizes is None else tuple(image_sizes.shape)
+            raise ValueError(
+                f"`image_sizes` must hold the height and width of each of the {count} images, got {got}: pass all "
+                "that the processor returns."
+            )
+        counts = [1] * count if batch_num_images is None else batch_num_images.tolist()
+        if sum(counts) != count:
+            raise ValueError(
+                f"`batch_num_images` must add up to the {count} images, got {counts}: pass all that the processor "
+                "returns."
+            )
+        are_single = [number == 1 for number in counts for _ in range(number)]
+        sizes, num_tiles = image_sizes.tolist(), []
+        for (height, width), is_single in zip(sizes, are_single, strict=True):
+            num_tiles.append(image_size_to_num_patches((height, width), self._pinpoints, size) if is_single else 1)
+            if num_tiles[-1] > pixel_values.shape[1]:
+                raise ValueError(
+                    f"`pixel_values` must hold the {num_tiles[-1]} tiles of an image of {height} x {width} pixels, "
+                    f"got {pixel_values.shape[1]}: pass what the processor of the model returns."
+                )
+        return sizes, num_tiles
 
     @property
     def _pinpoints(self) -> list[tuple[int, int]]:
@@ -111,7 +133,7 @@ class LavidaBase(PreTrainedModel):
         grid = states.view(len(states), side, side, -1).permute(0, 3, 1, 2)
         return interpolate(grid, (ceil(side / 2), ceil(side / 2)), mode="bilinear")
 
-    def _pack(self, tiles: torch.Tensor, image_size: torch.Tensor) -> torch.Tensor:
+    def _pack(self, tiles: torch.Tensor, image_size: list[int]) -> torch.Tensor:
         """The tokens of one image from its tiles `(num_tiles, hidden_size, side, side)`: rows end with a newline."""
         whole = tiles[0].flatten(1).T
         newline = self.image_newline.to(whole)
@@ -185,6 +207,20 @@ class LavidaMixin(FlashDLMGenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, expand_size=1, inputs_embeds=None):
+        """Repeat the images of each prompt together; older versions of Transformers repeat them one by one."""
+        images, token_id = mm_encoder_output.get("image"), self.config.image_token_id
+        if images is None or token_id is None:
+            return mm_encoder_output
+        left, expanded = list(images.pooler_output), []
+        for count in (input_ids == token_id).sum(-1).tolist():
+            of_row: list[torch.Tensor] = []
+            while left and sum(len(one) for one in of_row) < count:
+                of_row.append(left.pop(0))
+            expanded += expand_size * of_row
+        images = BaseModelOutputWithPooling(images.last_hidden_state, [*expanded, *left])  # type: ignore[arg-type]
+        return {**mm_encoder_output, "image": images}
 
 
 class LlavaLladaForMaskedDiffusion(LavidaMixin, LLaDAModelLM):

@@ -8,12 +8,16 @@ from transformers import PreTrainedConfig
 
 REASONS = {
     "wedlm": (
-        "WeDLM reorders tokens under causal attention, which is not supported: load it with its own code, in a "
-        "process that does not import hf_flashdlm"
+        "WeDLM reorders tokens under causal attention, which is not supported: load it with its own code, "
+        "`trust_remote_code=True`"
     ),
     "llada2_moe_veomni": (
         "LLaDA2 in the format of its trainer dFactory, with stacked experts, is not supported: convert it to the "
         "Hub's format with dFactory's script"
+    ),
+    "dimple": (
+        "Dimple counts the positions of images in three dimensions, which is not supported: load it with its own "
+        "code, in a process that does not import hf_flashdlm"
     ),
 }
 
@@ -26,7 +30,10 @@ def _refusing(model_type: str) -> type[PreTrainedConfig]:
             f"`model_type` must be one that hf_flashdlm decodes, got {model_type!r}: {REASONS[model_type]}."
         )
 
-    return type("RefusedConfig", (PreTrainedConfig,), {"model_type": model_type, "__post_init__": __post_init__})
+    # With `trust_remote_code=True` Transformers takes the code of the repository, unless the registered class is of
+    # another module than its own.
+    members = {"model_type": model_type, "__post_init__": __post_init__, "__module__": "transformers.refused"}
+    return type("RefusedConfig", (PreTrainedConfig,), members)
 
 
 REFUSED = tuple(map(_refusing, REASONS))

@@ -29,6 +29,8 @@ torch.set_num_threads(1)  # the tensors are tiny, and workers run side by side
 
 # The same examples in every run, without a time limit: the machines are shared.
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)
+# Other examples in every run, for `make test-laws`.
+hypothesis.settings.register_profile("laws", deadline=None, database=None, max_examples=5000, print_blob=True)
 hypothesis.settings.load_profile("suite")
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "hf_flashdlm"
+PAGED = ("hf_flashdlm", "examples", "tests")  # folders whose files in Markdown are all pages
 NAMES = (
-    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "model_cards/README.md", "examples/tiny/README.md"),
-    *(path.relative_to(ROOT).as_posix() for path in sorted(PACKAGE.rglob("*.md"))),
-    *("examples/results/README.md", "tests/goldens/README.md"),
+    *("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md", "model_cards/README.md"),
+    *(path.relative_to(ROOT).as_posix() for name in PAGED for path in sorted((ROOT / name).rglob("*.md"))),
 )
 
 

@@ -86,7 +86,7 @@ def test_positions_scattered_over_rows_equal_the_full_forward(model, canvas, pos
 
 
 @pytest.mark.parametrize("attended", [8, 9])
-def test_keys_behind_the_attended_ones_are_as_if_they_were_not_there(model, canvas, attended):
+def test_keys_after_the_attended_ones_are_as_if_they_were_not_there(model, canvas, attended):
     cache = FreeCache()
     logits_of(model, canvas, torch.arange(LENGTH), cache)
     short = logits_of(model, canvas[:, :attended], torch.arange(attended))
@@ -120,7 +120,7 @@ def test_the_first_forward_into_longer_buffers_sees_no_empty_states(model, canva
     torch.testing.assert_close(logits, logits_of(model, canvas[:, :8], torch.arange(8)), atol=ATOL, rtol=0)
 
 
-def test_a_changed_token_behind_the_frozen_ones_leaves_their_bytes_alone(model, canvas):
+def test_a_changed_token_after_the_frozen_ones_leaves_their_bytes_alone(model, canvas):
     cache = FreeCache()
     logits_of(model, canvas, torch.arange(LENGTH), cache)
     before = [layer.keys[:, :, :5].clone() for layer in cache.layers]

@@ -88,7 +88,7 @@ def test_a_turn_sees_the_turns_before_it_until_they_are_cleared(talk, conversati
     assert replies[0].endswith(ANSWER)
 
 
-def test_nothing_is_answered_behind_the_end(talk, conversations):
+def test_nothing_is_answered_after_the_end(talk, conversations):
     talk("/exit", QUESTION)
     assert conversations == []
 

@@ -128,6 +128,16 @@ def test_a_name_that_leads_nowhere_is_refused(checkpoint, option, name):
     assert "\n" not in str(e.value)
 
 
+def test_a_model_type_that_nobody_knows_is_refused_with_a_remedy(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "sdar3"}))
+    with pytest.raises(ValueError) as error:
+        Checkpoint.load(str(tmp_path))
+    assert str(error.value) == (
+        f"`--model` must have a `model_type` that Transformers or hf_flashdlm knows, got 'sdar3' in {str(tmp_path)!r}"
+        ": load the model with its own code, and pass it to `diffusion_generate`."
+    )
+
+
 def test_an_autoregressive_model_is_no_diffusion_model():
     with pytest.raises(
         ValueError, match="`--model` must be a diffusion model, got .* with `model_type` 'llama': there"

@@ -141,7 +141,7 @@ def test_the_seed_decides_what_is_drawn(capsys):
         (["export", "model", "o/n", "folder"], "the following arguments are required: --checkpoint"),
         (["push", "folder"], "the following arguments are required: REPO_ID"),
         (["push", "folder", "o/n", "--private", "--public"], "argument --public: not allowed with argument --private"),
-        ([*SHORT, "--prompt", ""], "a prompt must not be empty, got one that is."),
+        ([*SHORT, "--prompt", ""], "a prompt must hold text, got ''."),
         ([*SHORT, "--prompt", "a", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         (["demo", "--problems", "0"], "argument --problems: must be an integer of at least 1, got '0'."),
         (["demo", "--show", "-1"], "argument --show: must be an integer of at least 0, got '-1'."),

@@ -19,6 +19,10 @@ FOLDERS = {
     "llada2": "llada2/model_llada2",
     "llada_moe": "llada2/model_llada_moe",
 }
+LLADA22 = (
+    "LLaDA2.2 inserts and deletes tokens, which is not supported: load it with its own code, in a process that does "
+    "not import hf_flashdlm."
+)
 CODE = "load it with the modeling code it was trained with."
 
 
@@ -198,6 +202,19 @@ REFUSALS = [
     ("fast_dllm_v2", {"bd_size": -8}, positive("bd_size", -8)),
     ("a2d_qwen3", {"attention_block_length": 0}, positive("attention_block_length", 0)),
     ("llada2", {"block_size": 0}, positive("block_size", 0)),
+    ("llada2", {"block_size": None}, positive("block_size", None)),
+    ("fast_dllm_v2", {"bd_size": None}, positive("bd_size", None)),
+    ("sdar", {"block_size": "4"}, positive("block_size", "4")),
+    (
+        "sdar",
+        {"mask_token_id": "311"},
+        "`mask_token_id` must be an id of the vocabulary of 320, got '311': set it to the tokenizer's.",
+    ),
+    (
+        "sdar",
+        {"model_type": "sdar_moe", "num_experts": 4, "num_experts_per_tok": 5},
+        "`num_experts_per_tok` must be from 1 to `num_experts` (4), got 5: change one of them.",
+    ),
     (
         "sdar",
         {"mask_token_id": 320},
@@ -238,14 +255,12 @@ REFUSALS = [
     (
         "llada2",
         {"expert_capacity": 48},
-        "`expert_capacity` belongs to LLaDA2.2, which inserts and deletes tokens and is not supported, got 48: load a "
-        "checkpoint of LLaDA2.0 or LLaDA2.1.",
+        f"`expert_capacity` must not be given for LLaDA2.0 or LLaDA2.1, got 48: {LLADA22}",
     ),
     (
         "llada2",
         {"delete_token_id": 156930},
-        "`delete_token_id` belongs to LLaDA2.2, which inserts and deletes tokens and is not supported, got 156930: "
-        "load a checkpoint of LLaDA2.0 or LLaDA2.1.",
+        f"`delete_token_id` must not be given for LLaDA2.0 or LLaDA2.1, got 156930: {LLADA22}",
     ),
     (
         "llada2",
@@ -326,13 +341,18 @@ def test_a_bad_length_given_when_loading_is_refused_before_weights_are_loaded(ch
     [
         (
             "wedlm",
-            "WeDLM reorders tokens under causal attention, which is not supported: load it with its own code, in a "
-            "process that does not import hf_flashdlm",
+            "WeDLM reorders tokens under causal attention, which is not supported: load it with its own code, "
+            "`trust_remote_code=True`",
         ),
         (
             "llada2_moe_veomni",
             "LLaDA2 in the format of its trainer dFactory, with stacked experts, is not supported: convert it to the "
             "Hub's format with dFactory's script",
+        ),
+        (
+            "dimple",
+            "Dimple counts the positions of images in three dimensions, which is not supported: load it with its own "
+            "code, in a process that does not import hf_flashdlm",
         ),
     ],
 )
@@ -341,3 +361,42 @@ def test_known_models_that_cannot_be_decoded_are_refused_by_name(checkpoint, mod
     with pytest.raises(ValueError) as error:
         AutoModelForCausalLM.from_pretrained(checkpoint("sdar", model_type=model_type))
     assert str(error.value) == (f"`model_type` must be one that hf_flashdlm decodes, got {model_type!r}: {reason}.")
+
+
+@pytest.mark.parametrize("folder", ["LLaDA2.2-flash", "models--inclusionAI--llada2.2-flash/snapshots/0123abcd"])
+def test_llada22_is_refused_by_its_name(checkpoint, folder):
+    with pytest.raises(ValueError) as error:
+        AutoModelForCausalLM.from_pretrained(checkpoint("llada2", folder))
+    assert str(error.value) == f"the checkpoint must be of LLaDA2.0 or LLaDA2.1, got 'llada2.2-flash': {LLADA22}"
+
+
+REMOTE_CODE = {
+    "configuration_own.py": """
+from transformers import Qwen3Config
+
+class OwnConfig(Qwen3Config):
+    model_type = "{model_type}"
+""",
+    "modeling_own.py": """
+from transformers import Qwen3ForCausalLM
+from .configuration_own import OwnConfig
+
+class OwnForCausalLM(Qwen3ForCausalLM):
+    config_class = OwnConfig
+""",
+}
+
+
+@pytest.mark.parametrize("model_type", REASONS)
+def test_who_asks_for_the_code_of_the_repository_gets_it(checkpoint, model_type):
+    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    path = checkpoint("sdar", model_type, model_type=model_type, auto_map=auto_map, attn_implementation="absent")
+    for name, code in REMOTE_CODE.items():
+        (path / name).write_text(code.format(model_type=model_type))
+    config = AutoConfig.from_pretrained(path, trust_remote_code=True)
+    assert type(config).__name__ == "OwnConfig"
+    AutoModelForCausalLM.from_config(config, trust_remote_code=True).save_pretrained(path)
+    model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.")
+    with pytest.raises(ValueError, match=f"must be one that hf_flashdlm decodes, got '{model_type}': "):
+        AutoModelForCausalLM.from_pretrained(path)

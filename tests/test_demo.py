@@ -139,7 +139,7 @@ def test_more_problems_than_there_are_is_refused():
     ("text", "number"),
     [("3 + 4 = 7.\n#### 7", 7), ("#### 1 #### 12 ", 12), ("7", None), ("####", None), ("#### seven", None)],
 )
-def test_the_final_number_is_behind_the_last_mark(text, number):
+def test_the_final_number_is_after_the_last_mark(text, number):
     assert final_number(text) == number
 
 

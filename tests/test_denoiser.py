@@ -224,7 +224,7 @@ def test_only_the_rows_of_the_head_that_are_asked_for_are_computed(model, forwar
     assert forwards[0]["logits_to_keep"].tolist() == [position - shift_of(model) for position in (4, 5, 6)]
 
 
-def test_positions_are_counted_from_the_first_token_behind_the_padding(model, forwards):
+def test_positions_are_counted_from_the_first_token_after_the_padding(model, forwards):
     """Check positions themselves: rotary positions are relative, so the logits of these models would not differ."""
     mask = torch.tensor([[0] * 4 + [1] * 6, [1] * 10])
     denoiser = warmed(denoiser_of(model, mask), canvas_of())

@@ -50,7 +50,7 @@ def test_only_what_the_last_step_wrote_is_highlighted(streamer, frames):
     assert frames[1].plain == " two three _"
 
 
-def test_what_is_behind_the_end_is_not_shown(streamer, frames):
+def test_what_is_after_the_end_is_not_shown(streamer, frames):
     streamer.put(torch.tensor([[7]]))
     streamer.put_draft(torch.tensor([[7, 2, MASK, END, 3, MASK]]))
     assert frames[0].plain == " two _"

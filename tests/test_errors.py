@@ -287,6 +287,17 @@ REFUSALS = {
         for name, more in {"eps": dict(steps=6), "confidence_threshold": {}}.items()
         for value in (-0.1, 1.1)
     },
+    # What has a default that is not None must not be None.
+    "freeze_lag-None": number("freeze_lag", "an integer", "of at least 0", None),
+    "left_margin-None": number("left_margin", "an integer", "of at least 0", None),
+    "position_temperature-None": number("position_temperature", "a number", "of at least 0", None),
+    "eps-None": number("eps", "a number", "between 0 and 1", None),
+    **{
+        f"repetition_penalty-{value}": Refusal(
+            f"`repetition_penalty` must be greater than 0, got {value}.", dict(repetition_penalty=value)
+        )
+        for value in (0, -1.5)
+    },
     "window_policy": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", "fast"),
     "window_policy-None": choice("window_policy", "freecache, prefix, dual, dkv, none", "WindowPolicy", None),
     "confidence": choice(

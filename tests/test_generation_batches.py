@@ -1,9 +1,7 @@
-"""A row decodes alone as in a batch, for all parts, and every decode obeys the same laws."""
+"""A row decodes alone as in a batch, for all parts; `test_laws.py` says what else every decode obeys."""
 
 import pytest
 from cases import ENDS, MASK, POLICIES, PROMPT, PROMPTS, RULES, cut, every_model, every_policy, generated
-from hypothesis import given
-from hypothesis import strategies as st
 
 
 SYNCHRONOUS = ("prefix", "dual", "dkv", "dkv-often", "synchronous")
@@ -60,48 +58,6 @@ def test_what_stops_at_an_end_is_what_would_have_been_cut_there(tiny, decode, na
         assert in_batch == text + [0] * (len(in_batch) - len(text))
         assert stopped.nfe[row] <= filled.nfe[row]
     assert any(len(cut(generated(filled, row))) < 14 for row in range(3)), "the case is too easy: nothing ended"
-
-
-# --- properties ------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def calls(draw):
-    """A model's name, prompts and options."""
-    prompts = draw(st.lists(st.lists(st.integers(30, 500), min_size=1, max_size=6), min_size=1, max_size=3))
-    max_new_tokens = draw(st.integers(1, 13))
-    block_length = draw(st.integers(1, max_new_tokens))
-    policy, rule = draw(st.sampled_from(list(POLICIES.values()))), draw(st.sampled_from(list(RULES.values())))
-    options = dict(max_new_tokens=max_new_tokens, block_length=block_length, **policy, **rule)
-    if "steps" in rule:
-        options["steps"] = draw(st.integers(-(-max_new_tokens // block_length), 16))
-    options["stop_at_eos"] = draw(st.booleans())
-    return draw(st.sampled_from(["llada_gqa", "dream", "dream_trained"])), prompts, options
-
-
-@given(calls())
-def test_every_decode_obeys_the_laws(tiny, decode, call):
-    name, prompts, options = call
-    output = decode(tiny(name), prompts, eos_token_id=ENDS, pad_token_id=0, **options)
-    longest, num_new = max(map(len, prompts)), options["max_new_tokens"]
-    assert longest < output.sequences.shape[1] <= longest + num_new
-    for row, prompt in enumerate(prompts):
-        sequence = output.sequences[row].tolist()
-        assert MASK not in sequence
-        assert sequence[:longest] == [0] * (longest - len(prompt)) + prompt, "the prompt has changed"
-        text = sequence[longest:]
-        ended = cut(text) if options["stop_at_eos"] else text
-        if ended[-1] in ENDS and options["stop_at_eos"]:
-            assert not any(text[len(ended) :]), "there is no padding after the end"
-        else:
-            assert len(text) == num_new
-        nfe = int(output.nfe[row])
-        if "run_empty_steps" not in options:
-            assert 1 <= nfe <= num_new, "a step wrote nothing"
-        if "steps" in options and "right_window" not in options:
-            assert nfe <= max(options["steps"], -(-num_new // options["block_length"]))
-        assert float(output.tokens_per_forward[row]) * nfe == pytest.approx(len(ended))
-    assert len(output.forwards) == int(output.nfe.max())
 
 
 # --- exactness -------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def test_a_stop_string_is_the_last_that_a_stream_is_told(tiny, decode, tokenizer
 
 
 @every_model
-def test_drafts_are_what_is_behind_the_final_text(tiny, decode, name):
+def test_drafts_are_what_is_after_the_final_text(tiny, decode, name):
     streamer = DraftRecorder()
     output = decode(tiny(name), [PROMPT], streamer=streamer, **PLAIN)
     assert len(streamer.drafts) == int(output.nfe[0]) - 1, "after the last step nothing is a draft any more"

@@ -206,7 +206,7 @@ def test_the_first_token_of_a_step_is_drawn_from_the_diffusion_model(tiny, decod
         assert both == pytest.approx(float(law.amax(-1).prod()), abs=0.05)
 
 
-def test_a_draft_behind_the_first_keeps_its_law_on_condition_that_it_is_accepted(tiny, decode, decided):
+def test_a_draft_after_the_first_keeps_its_law_on_condition_that_it_is_accepted(tiny, decode, decided):
     judge = decided(lambda drafts: drafts % 2 == 0)
     options = FILLED | dict(
         do_sample=True, top_k=0, temperature=1.0, max_new_tokens=2, block_length=2, window_policy="none"

@@ -23,6 +23,7 @@ PACKAGE_ONLY = {
     "__main__",
     "data_collator",
     "log_likelihood",
+    "processing_lavida",
     "prompting",
     "tokenization_dream",
     "unsupported",
@@ -32,7 +33,8 @@ PACKAGE_ONLY = {
 # The library, from the bottom to the top: a file imports from layers below its own.
 LAYERS = (
     "cache canvas_processors compiling configuration_dream diffusion_loss generation_output guider_gate images "
-    "methods schedule streaming synchronizing tokenization_dream unmasking unsupported version windows",
+    "methods processing_lavida schedule streaming synchronizing tokenization_dream unmasking unsupported version "
+    "windows",
     "blocks configuration_diffusion data_collator generation_config guider_reader stopping",
     "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
     "configuration_open_dcoder configuration_sdar",

@@ -105,7 +105,7 @@ def test_a_padded_row_equals_the_row_alone(model):
 
 @every_name
 @every_attention
-def test_positions_behind_an_unchanged_cached_prefix_get_the_logits_of_the_full_forward(name, attention):
+def test_positions_after_an_unchanged_cached_prefix_get_the_logits_of_the_full_forward(name, attention):
     model = load(name, attention)
     ids = canvas(2, 12)
     mask = torch.ones_like(ids)
@@ -126,7 +126,7 @@ def test_unused_slots_of_a_static_cache_are_not_attended_to(model):
     torch.testing.assert_close(logits, model(ids).logits, atol=ATOL, rtol=0)
 
 
-def test_default_positions_continue_behind_the_cache(model):
+def test_default_positions_continue_after_the_cache(model):
     ids = canvas()
     out = model(ids, use_cache=True)
     out[CACHE_NAME].crop(-7)

@@ -78,6 +78,13 @@ def expect_long(record, shown):
     yield [length, *(f"{row[name] / 1e6:.0f}" for name in ("kept_bytes", "peak_memory_bytes"))]
 
 
+def expect_scores(record, shown):
+    """All decoders."""
+    yield [*shown[0]]
+    for name, score in record["scores"].items():
+        yield [name, f"{100 * score['exact_match']:.1f}", f"{score['nfe']:.2f}"]
+
+
 EXPECTED = {
     "demo.json": expect_demo,
     "ablation.json": expect_ablation,
@@ -85,27 +92,30 @@ EXPECTED = {
     "profile.json": expect_profile,
     "reference.json": expect_reference,
     "long.json": expect_long,
+    "results.json": expect_scores,
 }
-RESULTS = "from examples/results/"
-MARKS = [(name, mark.removeprefix(RESULTS), block) for name in NAMES for mark, block in marked(name)]
+# The page, the folder of the record, its file with the part of it that is shown, and the table.
+MARKS = [
+    (name, *mark.removeprefix("from ").rpartition("/")[::2], block) for name in NAMES for mark, block in marked(name)
+]
 
 
-def record(mark):
-    return json.loads((ROOT / "examples" / "results" / mark.partition(",")[0]).read_text(encoding="utf-8"))
+def record(folder, mark):
+    return json.loads((ROOT / folder / mark.partition(",")[0]).read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
-    ("mark", "table"), [(mark, block) for _, mark, block in MARKS if mark in EXPECTED], ids=lambda part: part[:20]
+    ("folder", "mark", "table"), [marks for _, *marks in MARKS if marks[1] in EXPECTED], ids=lambda part: part[:20]
 )
-def test_a_marked_table_is_its_record(mark, table):
+def test_a_marked_table_is_its_record(folder, mark, table):
     shown = rows(table)
-    first, *others = EXPECTED[mark](record(mark), shown)
+    first, *others = EXPECTED[mark](record(folder, mark), shown)
     assert shown[0] == first
     assert sorted(shown[1:]) == sorted(others)
 
 
 def test_every_kind_of_mark_is_on_a_page_and_checked():
-    assert {mark for _, mark, _ in MARKS} == {*EXPECTED, "bench.json", "methods", "settings"}
+    assert {mark for _, _, mark, _ in MARKS} == {*EXPECTED, "bench.json", "methods", "settings"}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,8 +124,8 @@ def test_every_mark_has_a_table(name):
 
 
 def test_the_bench_is_shown_as_it_is_printed():
-    (block,) = [block for _, mark, block in MARKS if mark == "bench.json"]
-    assert block == f"```\n{report_comparison(record('bench.json'))}\n```\n"
+    ((folder, block),) = [(folder, block) for _, folder, mark, block in MARKS if mark == "bench.json"]
+    assert block == f"```\n{report_comparison(record(folder, 'bench.json'))}\n```\n"
 
 
 def settings(cell):
@@ -125,13 +135,13 @@ def settings(cell):
 
 
 def test_the_methods_are_those_of_the_code():
-    (table,) = [block for _, mark, block in MARKS if mark == "methods"]
+    (table,) = [block for *_, mark, block in MARKS if mark == "methods"]
     shown = {name.strip("`"): settings(line) for name, line, _ in rows(table)[1:]}
     assert shown == METHODS and len(rows(table)) == 1 + len(METHODS)
 
 
 @pytest.mark.parametrize(
-    "line", [line for _, mark, block in MARKS if mark == "settings" for _, line in rows(block)[1:]]
+    "line", [line for *_, mark, block in MARKS if mark == "settings" for _, line in rows(block)[1:]]
 )
 def test_the_settings_of_a_variant_are_options(line):
     keywords = settings(line)
@@ -170,6 +180,8 @@ def test_files_that_are_named_exist(name):
         assert (ROOT / path).is_file(), path
     for path in re.findall(r"`((?:examples|tests|hf_flashdlm|model_cards)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
+    for path in re.findall(r"`([\w./-]+\.md)`", text):
+        assert any((folder / path).exists() for folder in (ROOT, (ROOT / name).parent)), path
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -236,8 +248,8 @@ def test_the_package_says_that_it_is_typed():
 
 def test_the_checklists_name_what_is_there():
     names = {
-        *re.findall(r"`(?:methods\.|bench/)?(\w+)(?:\.py)?`", page("CONTRIBUTING.md").partition("## Checklists")[2])
+        *re.findall(r"`(?:methods\.|\w+/)?(\w+)(?:\.py)?`", page("CONTRIBUTING.md").partition("## Checklists")[2])
     }
-    code = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "hf_flashdlm").rglob("*.py"))
-    files = {path.stem for path in ROOT.rglob("*.py")}
-    assert {name for name in names if name not in files and not re.search(rf"\b{name}\b", code)} == set()
+    files = [path for folder in ("hf_flashdlm", "tests") for path in (ROOT / folder).rglob("*.py")]
+    code = "\n".join([*(path.stem for path in files), *(path.read_text(encoding="utf-8") for path in files)])
+    assert {name for name in names if not re.search(rf"\b{name}\b", code)} == set()

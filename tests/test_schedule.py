@@ -88,7 +88,7 @@ def test_each_block_has_its_own_steps(counts):
 @pytest.mark.parametrize("schedule", [UniformSchedule((2, 2)), TimestepSchedule((2, 2))])
 @pytest.mark.parametrize("block", [0, 1])
 @pytest.mark.parametrize("late", [0, 1, 5])
-def test_masks_left_behind_the_last_step_of_a_block_are_written_at_once(at, schedule, block, late):
+def test_masks_left_after_the_last_step_of_a_block_are_written_at_once(at, schedule, block, late):
     """A narrow window can hide them from the last step."""
     quota, next_step = schedule(at(3, 4, step=2 + late, block=block))
     assert quota >= 3 and next_step >= 2

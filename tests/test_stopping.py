@@ -75,7 +75,7 @@ def test_an_end_token_that_was_given_ends_nothing(decode, canvas, written):
     assert decode(canvas).write(written)[1] == [False]
 
 
-def test_what_is_behind_an_end_becomes_padding_and_the_longest_row_cuts_the_output(decode):
+def test_what_is_after_an_end_becomes_padding_and_the_longest_row_cuts_the_output(decode):
     for skip in (0, 1):
         run = decode("p_____", "p_____", skip=skip)
         run.write("pa!b__", "pabc!_")

@@ -43,7 +43,7 @@ def test_final_ids_are_put_once_and_in_order():
     assert shown(Streamer(), *STEPS) == [("put", [1]), ("put", [2, 3]), ("end",)]
 
 
-def test_what_is_behind_them_is_shown_as_a_draft():
+def test_what_is_after_them_is_shown_as_a_draft():
     assert shown(DraftStreamer(), *STEPS) == [
         ("draft", [[9, 9, 3]]),
         ("put", [1]),

@@ -96,7 +96,7 @@ def test_the_left_margin_is_recomputed_and_not_frozen(at, margin, lo):
 
 
 @pytest.mark.parametrize(("stale", "attended"), [(False, 7), (True, 10)])
-def test_the_right_window_prunes_what_is_behind_it_or_reads_its_old_states(at, stale, attended):
+def test_the_right_window_prunes_what_is_after_it_or_reads_its_old_states(at, stale, attended):
     policy = replace(FREECACHE, right_window=2, attend_stale=stale)
     assert numbers(policy(at(5, 4))) == (4, 7, attended, 4)
     assert numbers(policy(at(9, 7))) == (7, 10, 10, 7), "the window must end with the canvas"
@@ -121,7 +121,7 @@ def test_a_block_that_a_growing_canvas_has_just_reached_is_computed_before_it_is
 
 
 @pytest.mark.parametrize(("frontiers", "block_nfe", "lo"), [((4, 4), 0, 0), ((7, 7), 0, 7), ((4, 4), 1, 4)])
-def test_every_so_many_blocks_all_is_refreshed_on_entering(at, frontiers, block_nfe, lo):
+def test_at_every_nth_block_all_is_refreshed_on_entering(at, frontiers, block_nfe, lo):
     window = replace(FREECACHE, refresh_blocks=2)(at(*frontiers, block_nfe=block_nfe))
     assert (window.lo, window.frozen) == (lo, lo)
 
@@ -142,7 +142,7 @@ def test_more_entropy_than_the_bound_refreshes_all(at, entropy, lo):
         (DKVWindow(1), [0, 1, 2], [True, True, True]),
     ],
 )
-def test_dkv_refreshes_every_so_many_steps_of_a_block(at, policy, block_nfe, refreshes):
+def test_dkv_refreshes_at_every_nth_step_of_a_block(at, policy, block_nfe, refreshes):
     assert [policy(at(5, block_nfe=step)).scored is None for step in block_nfe] == refreshes
 
 

@@ -200,7 +200,7 @@ def load(args: argparse.Namespace, **guidance):
 
     from ..console.checkpoint import Checkpoint
 
-    quiet_host(progress_bars=sys.stderr.isatty())
+    quiet_transformers(progress_bars=sys.stderr.isatty())
     checkpoint = Checkpoint.load(args.model, args.device, args.dtype)
     values = {name: vars(args).get(name) for name in DECODING_OPTIONS}
     options = {name: value for name, value in values.items() if value is not None}
@@ -212,18 +212,18 @@ def load(args: argparse.Namespace, **guidance):
 
 
 def read_prompts(prompts: list[str] | None) -> list[str]:
-    """The prompts of the command line, or else all of standard input as one."""
+    """The prompts of the command line, or else all of standard input as a single prompt."""
     if prompts is None:
         if sys.stdin.isatty():
             raise ValueError("`--prompt` is missing: give it, or pipe a prompt into the command.")
         prompts = [sys.stdin.read().strip("\n")]
     if not all(prompts):
-        raise ValueError("a prompt must not be empty, got one that is.")
+        raise ValueError("a prompt must hold text, got ''.")
     return prompts
 
 
 def report(continuation, stats: bool) -> None:
-    """With `stats`, print a line for each prompt and one for the time."""
+    """With `stats`, print a line for each prompt and a line for the time."""
     if not stats:
         return
     output = continuation.output
@@ -245,7 +245,7 @@ def demo(args: argparse.Namespace) -> None:
 
     if args.json is not None:
         check_writable("--json", args.json)
-    quiet_host(progress_bars=False)
+    quiet_transformers(progress_bars=False)
     record = run_demo(
         Settings(args.problems, args.batch_size, args.repeats, args.show, args.seed), Console(highlight=False)
     )
@@ -253,7 +253,7 @@ def demo(args: argparse.Namespace) -> None:
         write_json(Path(args.json), record)
 
 
-def quiet_host(progress_bars: bool) -> None:
+def quiet_transformers(progress_bars: bool) -> None:
     """Keep hints of Transformers out of the output, and its progress bars unless they are wanted."""
     from transformers.utils import logging
 

@@ -128,13 +128,13 @@ def load_config(option: str, name: str) -> PreTrainedConfig:
     if is_folder:
         check_regular(option, Path(name))
     with refusing(f"{place} {name!r}"), bounded():
-        values, _ = PreTrainedConfig.get_config_dict(name)
-        model_type = values.get("model_type")
-        if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
-            raise ValueError(
-                f"its `model_type` {model_type!r} is known neither to Transformers nor to hf_flashdlm: load the model "
-                "with its own code and pass it to `diffusion_generate`."
-            )
+        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
+    if isinstance(model_type, str) and model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"`{option}` must have a `model_type` that Transformers or hf_flashdlm knows, got {model_type!r} in "
+            f"{name!r}: load the model with its own code, and pass it to `diffusion_generate`."
+        )
+    with refusing(f"{place} {name!r}"), bounded():
         # The file of Open-dCoder is that of a Qwen2, and its name alone says what it is.
         is_open_dcoder = model_type == "qwen2" and "open-dcoder" in repository_name(name).lower()
         kind = OpenDCoderConfig if is_open_dcoder else AutoConfig

@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from hf_flashdlm.hub.push import list_files, push
 from hub_cases import APART, SUMMARY, TINY, summary
 from huggingface_hub import ModelCard
 from minihub import TOKEN
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 import hf_flashdlm
 from hf_flashdlm.hub.export import export_code, export_guider, export_model
 from hf_flashdlm.hub.loading import MODELS
+from hf_flashdlm.hub.upload import list_files, push
 
 
 # Warnings of the client itself when it sends a large file.

@@ -66,11 +66,10 @@ def test_the_snippets_run_as_written(run_apart, installed):
     assert run_apart(path + "".join(blocks) + "\nprint('[]')") == []
 
 
-@pytest.mark.parametrize("text", [README, PAGE], ids=["README", "page"])
-def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys, text):
+def test_the_commands_run_as_written(originals, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("hf_flashdlm.hub.upload.get_token", lambda: TOKEN)
-    calls = commands(text, "flashdlm")
+    calls = commands(PAGE, "flashdlm")
     *exports, push_call = calls
     assert {words[0] for words in exports} == {"export"} and push_call[0] == "push"
     for words in calls:

@@ -1,0 +1,68 @@
+"""Recorded LaViDa models, images and pixels (tests/goldens/families/lavida), as a call of `generate` takes them."""
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+
+GOLDENS = Path(__file__).parent / "goldens" / "families" / "lavida"
+KINDS = ("llada", "dream")
+IMAGE, MASK = 505, 511
+
+
+@functools.cache
+def load(kind):
+    """The model, loaded once; no test may change it."""
+    model = AutoModelForImageTextToText.from_pretrained(GOLDENS / f"model_{kind}").eval()
+    model.config.image_token_id = IMAGE
+    return model
+
+
+@functools.cache
+def picture(name):
+    return Image.open(GOLDENS / "images" / f"{name.removesuffix('.pad')}.png").convert("RGB")
+
+
+def tiles(name):
+    """The recorded tiles of an image, as floats; those of `<name>.pad` are the one tile of a padded image."""
+    with np.load(GOLDENS / "pixels.npz") as recorded:
+        return (torch.from_numpy(recorded[name.replace(".", "_")]) / 255 - 0.5) / 0.5
+
+
+def pixels(names, counts):
+    """`pixel_values`, `image_sizes` and `batch_num_images` for `generate`."""
+    images = [tiles(name) for name in names]
+    longest = max(map(len, images))
+    padded = [torch.cat([one, one.new_zeros(longest - len(one), *one.shape[1:])]) for one in images]
+    return {
+        "pixel_values": torch.stack(padded),
+        "image_sizes": torch.tensor([picture(name).size[::-1] for name in names]),
+        "batch_num_images": torch.tensor(counts),
+    }
+
+
+@functools.cache
+@torch.no_grad()
+def features(kind, name):
+    """The embeddings of an image; of one that was padded as of the first of two."""
+    names = 2 * [name] if name.endswith(".pad") else [name]
+    return load(kind).model.get_image_features(**pixels(names, [len(names)])).pooler_output[0]
+
+
+def spliced(kind, prompt_ids, names):
+    """The prompt with as many image tokens as each image has embeddings, for each -200."""
+    lengths = iter([len(features(kind, name)) for name in names])
+    return sum([[IMAGE] * next(lengths) if token == -200 else [token] for token in prompt_ids], [])
+
+
+def encoded(kind, names):
+    """The embeddings of images as the keyword that Transformers hands on."""
+    if not names:
+        return {}
+    embeddings = [features(kind, name) for name in names]
+    return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=embeddings)}}
