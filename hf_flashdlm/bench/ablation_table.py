@@ -59,6 +59,7 @@ PART_COMBINATIONS = (
 BLOCK_LENGTHS = (1, 2, 4, 8, 16, 64)
 SHORT_BLOCKS = (2, 4, 8)  # at which decoding without a guider is accurate
 ADAPTIVE_LENGTHS = (4, 8, 16)
+GROWN_LENGTHS = (4, 8, 16, 32)
 DELIMITER_THRESHOLDS = (0.3, 0.5, 0.9)
 RIGHT_WINDOWS = (8, 16, 32)
 TOP_KS = (1, 2, 3, 5)
@@ -140,6 +141,7 @@ def settings(new_tokens: int, block_length: int, guiders: list[str], line_break:
         *(setting("parts", "", parts) for parts in PART_COMBINATIONS),
         *(setting(*row) for row in block_rows(new_tokens)),
         *(setting(*row) for row in adaptive_rows(new_tokens, line_break)),
+        *(setting(*row) for row in grown_rows(new_tokens)),
         *(setting(*row) for row in rule_rows()),
         *(setting(*row, guider=name) for name in guiders for row in size_rows(name)),
         *(setting(*row, seeds=SEEDS) for row in sampling_rows()),
@@ -189,6 +191,14 @@ def adaptive_rows(new_tokens: int, line_break: list[int]):
         for bar in DELIMITER_THRESHOLDS:
             options = adaptive | {"delimiter_threshold": bar}
             yield "adaptive blocks", f"adaptive {bar}, block {length}", "EOS FreeCache threshold", options
+
+
+def grown_rows(new_tokens: int):
+    """Group, name, parts and options of the rows on a canvas that grows with the block."""
+    for length in (size for size in GROWN_LENGTHS if size <= new_tokens):
+        grown = {"block_length": length, "grow_canvas": True}
+        yield "grown canvas", f"threshold, block {length}", "EOS FreeCache threshold", grown
+        yield "grown canvas", f"intersection, block {length}", "EOS FreeCache guider intersection", grown
 
 
 def rule_rows():
