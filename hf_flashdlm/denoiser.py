@@ -124,11 +124,11 @@ class Denoiser:
             `tuple`: logits in float32 of shape `(batch_size, num_positions, vocab_size)`, and for each row the number
             of query positions computed.
         """
-        too = 0
+        prefilled = 0
         if self.prefix_length and self.cache is not None:
             if not self.cache.is_initialized:
                 self._prefill(canvas)
-                too = self.prefix_length
+                prefilled = self.prefix_length
             windows = [_after(self.prefix_length, window) for window in windows]
         feed, slots, computed = self._plan(windows, positions, frontier)
         num_positions = len(positions[0])
@@ -139,15 +139,14 @@ class Denoiser:
         input_ids, position_ids = (
             ids[:, feed] if isinstance(feed, slice) else ids.gather(1, feed) for ids in (canvas, self.position_ids)
         )
-        lows = [window.hi - count for window, count in zip(windows, computed, strict=True)]
         inputs = {"input_ids": input_ids}
-        if self.images is not None and self.images.are_fed(lows):
+        if self.images is not None and self.images.are_fed(self._lows(len(windows))):
             inputs = {"inputs_embeds": self.images.embed(self.model, input_ids, feed)}
         kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
         logits = self.forward(
             **inputs,
             position_ids=position_ids,
-            **self._attention(windows, computed, feed, input_ids.shape[1]),
+            **self._attention([window.attended for window in windows], feed, input_ids.shape[1]),
             cache=self.cache,
             use_cache=self.cache is not None,
             logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
@@ -162,7 +161,7 @@ class Denoiser:
             for row, scored in enumerate(positions):
                 if self.prefix_length in scored:
                     logits[row, self.prefix_length - scored.start] = self.prefix_logits[row, 0]
-        return logits, [num_queries + too for num_queries in computed]
+        return logits, [num_queries + prefilled for num_queries in computed]
 
     def _prefill(self, canvas: torch.Tensor) -> None:
         """Compute the states of the prefix by themselves, which no later forward recomputes, whatever its window."""
@@ -257,13 +256,16 @@ class Denoiser:
         """How many leading keys the queries are given; a mask hides those that a row does not see."""
         return self.canvas_mask.shape[1] if self._sees_all else max(attended)
 
-    def _attention(self, windows: list[Window], computed: list[int], feed, num_queries: int) -> dict:
+    def _lows(self, num_rows: int) -> list[int]:
+        """The first position of each row that is fed, as the cache was told."""
+        lowest = [0] if self.cache is None else self.cache.lowest
+        return lowest * num_rows if len(lowest) == 1 else lowest
+
+    def _attention(self, attended: list[int], feed, num_queries: int) -> dict:
         """The arguments of the forward that say which keys the queries of each row see."""
-        attended = [window.attended for window in windows]
         longest = self._num_keys(attended)
         if self.attention_blocks is not None:
-            lows = [min(window.lo, window.hi - count) for window, count in zip(windows, computed, strict=True)]
-            if not self._sees_all and self.attention_blocks.sees_all(lows, attended):
+            if not self._sees_all and self.attention_blocks.sees_all(self._lows(len(attended)), attended):
                 return {"attention_mask": None, "is_causal": False}  # beside it, the model makes no mask of its own
             return {"attention_mask": for_backend(self.attention_blocks.mask(feed, attended, longest), self.model)}
         uneven = self._sees_all or min(attended) < longest

@@ -131,6 +131,24 @@ def test_an_image_decodes_as_tokens_of_these_embeddings(kind, policy, left_padde
 
 
 @every_kind
+@pytest.mark.parametrize("policy", ["dkv", "freecache", "prefix-lm-tail"])
+def test_a_prompt_may_end_with_an_image(kind, policy):
+    given = {"input_ids": torch.tensor([[5, 70, *[IMAGE] * len(features(kind)[0])]])}
+    image = {name: value[:1] for name, value in pixels().items()}
+    tokens = 300 + torch.arange(len(features(kind)[0]))
+    model = copy.deepcopy(small(kind))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[tokens] = features(kind)[0]
+    # From the right, so that the image's last token is fed with the positions after a gap.
+    from_the_right = {"unmasking_rule": lambda drafts, row: drafts.candidates[-1:]}
+    options = POLICIES[policy] | from_the_right | {"suppress_tokens": tokens.tolist()}
+    ids = given["input_ids"].clone()
+    ids[:, 2:] = tokens
+    as_text, as_image = run(model, **options, input_ids=ids), run(small(kind), **given | image | options)
+    assert as_image.sequences[:, ids.shape[1] :].equal(as_text.sequences[:, ids.shape[1] :])
+
+
+@every_kind
 @pytest.mark.parametrize("policy", sorted(POLICIES.keys() - OF_THE_FIRST_TEST))
 def test_a_row_decodes_alone_as_in_an_uneven_batch(kind, policy, left_padded):
     batch = run(small(kind), **inputs(kind, left_padded), **POLICIES[policy])
