@@ -47,16 +47,31 @@ def make_block_causal(model: PreTrainedModel, block_length: int, origin: str = "
         ValueError: If the settings or the model do not fit.
     """
     _check(model, block_length, origin)
+    drop_causality(model)
     config = model.config.get_text_config()
-    config.is_causal = False
     config.attention_block_length, config.attention_block_origin = block_length, origin
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False  # type: ignore[assignment]  # torch declares tensors and submodules alone
     decoder = model.base_model
     if _mask_blocks not in decoder._forward_pre_hooks.values():
         decoder.register_forward_pre_hook(_mask_blocks, with_kwargs=True)
     return model
+
+
+def drop_causality(model: PreTrainedModel) -> None:
+    """Let the modules of a decoder, and the masks that Transformers makes for it, no longer be causal."""
+    model.config.get_text_config().is_causal = False
+    for module in model.modules():
+        if hasattr(module, "is_causal"):
+            module.is_causal = False  # type: ignore[assignment]  # torch declares tensors and submodules alone
+
+
+def attention_block_length(model: PreTrainedModel) -> int | None:
+    """Length of the attention blocks of a model; `None` if its attention has none."""
+    return getattr(model.config.get_text_config(), "attention_block_length", None)
+
+
+def counts_from_row(model: PreTrainedModel) -> bool:
+    """Whether attention blocks are counted from the first token of a row, and not from the end of its prompt."""
+    return attention_block_length(model) is not None and model.config.get_text_config().attention_block_origin == "row"
 
 
 class AttentionBlocks:

@@ -143,6 +143,7 @@ class CanvasProcessors:
         self.processors, self.guider, self.skip, self.shown = list(map(_unpadded, processors)), guider, skip, shown
         self.canvas_mask, self.mask_token_id = canvas_mask, mask_token_id
         self.rows, self.num_rows = list(range(len(canvas_mask))), len(canvas_mask)  # of the caller's batch
+        self.is_left_to_right = any(map(_is_left_to_right, self.processors))
         for processor in processors:
             known = type(processor) in POSITIONWISE + BY_LENGTH + BY_CONTEXT + AT_FRONTIER + BY_ROW
             if not known and type(processor).__module__ == logits_process.__name__:  # a subclass may look at anything
@@ -171,12 +172,13 @@ class CanvasProcessors:
             `torch.Tensor`: Scores of the same shape.
         """
         places = {}  # of the rows that may write it, their first masked position
-        for index, (first, row, may) in enumerate(zip(frontier, positions, candidate, strict=True)):
-            if first in row and may[first - row.start]:
-                places[index] = first - row.start
+        if self.is_left_to_right:
+            for index, (first, row, may) in enumerate(zip(frontier, positions, candidate, strict=True)):
+                if first in row and may[first - row.start]:
+                    places[index] = first - row.start
         for processor in self.processors:
             scores = self._apply(processor, canvas, scores, positions, places)
-        if any(map(_is_left_to_right, self.processors)):
+        if self.is_left_to_right:
             scores = self._refuse_others(scores, places)
         if self.guider is not None:
             may = torch.frombuffer(bytearray().join(candidate), dtype=torch.bool).view(len(candidate), -1)

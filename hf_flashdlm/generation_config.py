@@ -51,16 +51,8 @@ PEER_NAMES = {
 
 # The options that make up a method; a named method sets all of them.
 METHOD_OPTIONS = (
-    *(
-        "steps",
-        "steps_per_block",
-        "schedule",
-        "confidence",
-        "position_temperature",
-        "unmasking_rule",
-        "window_policy",
-        "blocks",
-    ),
+    *("steps", "steps_per_block", "schedule", "confidence", "position_temperature", "unmasking_rule"),
+    *("window_policy", "blocks"),
     *("delimiter_threshold", "delimiter_window", "grow_canvas", "freeze_length", "freeze_lag", "left_margin"),
     *("right_window", "attend_stale", "refresh_blocks", "refresh_entropy", "refresh_steps", "run_empty_steps"),
     *("first_token_alone", "editing_threshold", "max_post_steps", "schedule_shift", "prefix_lm"),
@@ -128,8 +120,7 @@ class DiffusionOptions:
         schedule (`str` or [`Schedule`], *optional*):
             How steps are spread: `"uniform"` as LLaDA does, which is the default with `steps`, `"timesteps"` as Dream
             does, `"linear"` as dllm does, see [`LinearSchedule`], or `"shift"` as LaViDa does, see [`ShiftSchedule`].
-            Without `steps` there are as many steps as
-            tokens.
+            Without `steps` there are as many steps as tokens.
         eps (`float`, *optional*, defaults to 1e-3): Last timestep of the `"timesteps"` schedule.
         schedule_shift (`float`, *optional*, defaults to 3.0):
             Of the `"shift"` schedule: below 1, more is written at the first steps than at the last.

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import pad
 from transformers import Cache, GenerationConfig
 
-from .block_causal import for_backend
+from .block_causal import attention_block_length, counts_from_row, for_backend
 from .compiling import CACHE_NAME, device_of
 from .generation_config import DiffusionOptions
 from .images import Images
@@ -268,15 +268,14 @@ def make_canvas(  # noqa: PLR0913, what a canvas is made of
         layout ([`Layout`]): The prompts.
         num_new (`int`): Length of the generated region.
         mask_token_id (`int`): The mask token.
-        images ([`Images`], *optional*): Those of the prompts.
         pad_token_id (`int`): Stands after the last block of a row that is shorter than others.
+        images ([`Images`], *optional*): Those of the prompts.
     """
     prompt_length = layout.input_ids.shape[1]
     end = prompt_length + num_new
-    config = model.config.get_text_config()
-    length = getattr(config, "attention_block_length", None)
+    length = attention_block_length(model)
     origins, stops = [prompt_length] * len(layout.input_ids), [end] * len(layout.input_ids)
-    if length is not None and config.attention_block_origin == "row":
+    if length is not None and counts_from_row(model):
         origins = layout.prompt_mask.argmax(1).tolist()
         stops = [end + (origin - end) % length for origin in origins]
     ids = pad(layout.input_ids, (0, max(stops) - prompt_length), value=mask_token_id)
@@ -294,8 +293,7 @@ def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None
     Raises:
         ValueError: If there is one.
     """
-    config = model.config.get_text_config()
-    length = getattr(config, "attention_block_length", None)
+    length = attention_block_length(model)
     if length is None:
         if options.first_token_alone:
             raise ValueError(
@@ -306,7 +304,7 @@ def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None
     name = f"a {type(model).__name__}, whose attention is block-causal"
     for_backend(torch.ones(1, 1, 1, 1, dtype=torch.bool), model)
     _check_exact(options, length, name)
-    if config.attention_block_origin != "row":
+    if not counts_from_row(model):
         return
     if options.steps is not None or options.schedule == "timesteps":
         given = "steps" if options.steps is not None else "schedule"
@@ -325,7 +323,7 @@ def check_block_causal(model, options: DiffusionOptions, layout: Layout) -> None
 def _prefix_length(model, options: DiffusionOptions, layout: Layout, mask_token_id: int) -> int:
     """How many positions `prefix_lm` computes by themselves; refuses what cannot be."""
     length = layout.input_ids.shape[1] - options.prompt_tail
-    if getattr(model.config.get_text_config(), "attention_block_length", None) is not None:
+    if attention_block_length(model) is not None:
         raise ValueError(
             f"`prefix_lm` must be False for a {type(model).__name__}, whose prompt does not see later blocks anyway, "
             "got True: drop it."

@@ -24,7 +24,7 @@ from transformers.generation import (
 )
 from transformers.generation.configuration_utils import GenerationMode
 
-from .block_causal import AttentionBlocks
+from .block_causal import AttentionBlocks, attention_block_length, drop_causality
 from .cache import FreeCache
 from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
 from .compiling import CACHE_NAME, cache_name
@@ -288,13 +288,9 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
     architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3, others).
     """
-    config = model.config.get_text_config()
-    config.is_causal = False
-    if getattr(config, "attention_block_length", None) is not None:
-        config.attention_block_length = None  # which the hook of `make_block_causal` reads
-    for module in model.modules():
-        if hasattr(module, "is_causal"):
-            module.is_causal = False  # type: ignore[assignment]  # torch declares tensors and submodules alone
+    drop_causality(model)
+    if attention_block_length(model) is not None:
+        model.config.get_text_config().attention_block_length = None  # which the hook of `make_block_causal` reads
     return model
 
 
@@ -331,7 +327,7 @@ def _read_options(model, generation_config: GenerationConfig, num_new: int, guid
     """
     options = DiffusionOptions.read(generation_config)
     recommended: set[str] = getattr(generation_config, "_recommended", set())
-    has_blocks = getattr(model.config.get_text_config(), "attention_block_length", None) is not None
+    has_blocks = attention_block_length(model) is not None
     if "block_length" in recommended and not has_blocks and (options.block_length or 0) > num_new > 0:
         options = replace(options, block_length=num_new)
     if guider is not None:

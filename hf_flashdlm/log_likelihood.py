@@ -11,7 +11,7 @@ from math import exp, nan
 import torch
 from transformers.utils import ModelOutput
 
-from .block_causal import AttentionBlocks
+from .block_causal import AttentionBlocks, attention_block_length, counts_from_row
 from .compiling import device_of
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .windows import Window
@@ -158,11 +158,10 @@ def _check(model, prompts, answers, num_samples: int, batch_size: int) -> None:
 
 def _segments(model, prompt_length: int, length: int) -> list[tuple[int, int]]:
     """The parts of the answer that are masked by themselves."""
-    config = model.config.get_text_config()
-    block = getattr(config, "attention_block_length", None)
+    block = attention_block_length(model)
     if block is None:
         return [(prompt_length, length)]
-    origin = prompt_length if config.attention_block_origin == "prompt" else 0
+    origin = 0 if counts_from_row(model) else prompt_length
     borders = [border for border in range(origin, length, block) if border > prompt_length]
     return list(zip([prompt_length, *borders], [*borders, length], strict=True))
 
@@ -204,24 +203,17 @@ def _score(model, batch: list[_Sample], guidance_scale: float, mask_token_id: in
 
 def _denoiser(model, batch, padding, canvas, mask, guidance_scale: float, mask_token_id: int):  # noqa: PLR0913
     """What scores the samples, without a cache."""
-    config = model.config.get_text_config()
-    length: int | None = getattr(config, "attention_block_length", None)
-    shift = int(getattr(model.config, "logits_shift", 0))
+    length, shift = attention_block_length(model), int(getattr(model.config, "logits_shift", 0))
+    starts = [count + sample.prompt_length for count, sample in zip(padding, batch, strict=True)]
+    origins = padding if counts_from_row(model) else starts
 
     def of(canvas_mask: torch.Tensor, halves: int) -> Denoiser:
-        blocks = None
-        if length is not None:
-            in_row = config.attention_block_origin == "row"
-            origins = [
-                count if in_row else count + sample.prompt_length for count, sample in zip(padding, batch, strict=True)
-            ]
-            blocks = AttentionBlocks(length, halves * origins, canvas_mask)
+        blocks = None if length is None else AttentionBlocks(length, halves * origins, canvas_mask)
         return Denoiser(model, canvas_mask, None, shift, attention_blocks=blocks)
 
     if guidance_scale == 1:
         return of(mask, 1)
     columns = torch.arange(canvas.shape[1], device=canvas.device)
-    starts = [count + sample.prompt_length for count, sample in zip(padding, batch, strict=True)]
     is_prompt = columns < torch.tensor(starts, device=canvas.device)[:, None]
     unconditional = torch.full_like(canvas, mask_token_id)
     return ClassifierFreeGuidance(of(torch.cat([mask, mask]), 2), guidance_scale, unconditional, is_prompt)

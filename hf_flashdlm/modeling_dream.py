@@ -8,7 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from .configuration_dream import DreamConfig
 from .diffusion_loss import declare_shift, takes_loss_weights
-from .generation_mixin import FlashDLMGenerationMixin
+from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 
 
 class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
@@ -39,9 +39,8 @@ class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
         super().__init__(config)
         # The next-token loss of Transformers moves the labels by one position, as `logits_shift` 1 requires.
         self.loss_type = "ForCausalLM"
-        for layer in self.model.layers:
-            # With no mask to say otherwise, attention backends read causality off the module.
-            layer.self_attn.is_causal = False
+        # With no mask to say otherwise, attention backends read causality off the module.
+        make_bidirectional(self)
 
 
 declare_shift(DreamModel)

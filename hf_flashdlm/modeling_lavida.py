@@ -21,7 +21,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisi
 
 from .compiling import CACHE_NAME
 from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig
-from .generation_mixin import FlashDLMGenerationMixin
+from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 from .images import Images
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
@@ -128,7 +128,7 @@ class LavidaBase(PreTrainedModel):
         return [(height, width) for width, height in self.config.image_grid_pinpoints]
 
     def _pool(self, states: torch.Tensor) -> torch.Tensor:
-        """Half the tokens in each direction: `(num_tiles, width, height, hidden_size)`, the last two moved first."""
+        """Half the tokens in each direction: `(num_tiles, hidden_size, side, side)`."""
         side = int(sqrt(states.shape[1]))
         grid = states.view(len(states), side, side, -1).permute(0, 3, 1, 2)
         return interpolate(grid, (ceil(side / 2), ceil(side / 2)), mode="bilinear")
@@ -171,9 +171,7 @@ class LavidaMixin(FlashDLMGenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = self.base_class(config)
-        for module in self.model.modules():
-            if hasattr(module, "is_causal"):
-                module.is_causal = False
+        make_bidirectional(self)
         self.post_init()
 
     def forward(

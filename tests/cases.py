@@ -8,6 +8,16 @@ MASK = 511
 ENDS = list(range(1, 70))  # enough that random models end, and at different steps; the pad token 0 is not among them
 PROMPTS = [[5, 70, 200, 41, 333, 62, 90, 8], [77, 130, 402, 256], [300, 21, 450]]
 PROMPT = PROMPTS[0]
+# The fields of an architecture's config for a model as small as can be.
+TINY = dict(
+    vocab_size=512,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    head_dim=8,
+)
 
 POLICIES = {
     "none": dict(window_policy="none"),

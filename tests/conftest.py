@@ -71,6 +71,19 @@ def tiny():
     return tiny
 
 
+@pytest.fixture(scope="module")
+def load():
+    """`load("model_llada")`: the model in that folder of tests/goldens, one for all tests of a module."""
+    models = {}
+
+    def load(name):
+        if name not in models:
+            models[name] = AutoModelForCausalLM.from_pretrained(Path(__file__).parent / "goldens" / name).eval()
+        return models[name]
+
+    return load
+
+
 @pytest.fixture(scope="session")
 def left_padded():
     """Ids and attention mask of prompts of different length."""

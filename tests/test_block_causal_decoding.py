@@ -5,6 +5,7 @@ import re
 
 import pytest
 import torch
+from cases import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_decodes import GOLDENS
@@ -205,18 +206,8 @@ def test_without_post_steps_only_steps_that_fill_masks_edit(family, decode):
 @pytest.fixture(scope="session")
 def guider():
     torch.manual_seed(1)
-    config = AutoConfig.for_model(
-        "qwen3",
-        vocab_size=320,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=8,
-        initializer_range=0.5,
-        pad_token_id=None,
-    )
+    fields = TINY | dict(vocab_size=320, initializer_range=0.5, pad_token_id=None)
+    config = AutoConfig.for_model("qwen3", **fields)
     return AutoModelForCausalLM.from_config(config).eval()
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from cases import TINY
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, LogitsProcessorList
 
 from hf_flashdlm import ARGuider, DiffusionOptions, FreeCache
@@ -15,15 +16,6 @@ from hf_flashdlm.guider import ProductMixture
 
 MASK = 511
 PROMPT = [[5, 70, 200, 41]]
-TINY = dict(
-    vocab_size=512,
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=8,
-)
 
 
 def causal(kind="qwen2", **changes):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, TopKLogitsWarper, TopPLogitsWarper
+from transformers import TopKLogitsWarper, TopPLogitsWarper
 
 from hf_flashdlm import AdaptiveBlocks, ARGuider, DKVWindow, MostConfident, Window
 from hf_flashdlm.schedule import UniformSchedule
@@ -30,18 +30,6 @@ def parametrize(*names, keep=lambda case: True):
     chosen = [case for name in names for case in cases(name) if keep(case)]
     assert chosen, "the selection of golden cases must not be empty"
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case["id"])
-
-
-@pytest.fixture(scope="module")
-def load():
-    models = {}
-
-    def load(name):
-        if name not in models:
-            models[name] = AutoModelForCausalLM.from_pretrained(GOLDENS / name).eval()
-        return models[name]
-
-    return load
 
 
 @dataclass

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-from transformers import AutoModelForCausalLM
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "families"
@@ -14,18 +13,6 @@ def cases(name, keep=lambda case: True):
     chosen = [case for case in json.loads((GOLDENS / f"{name}.json").read_text())["cases"] if keep(case)]
     assert chosen, "the selection of golden cases must not be empty"
     return pytest.mark.parametrize("case", chosen, ids=lambda case: case["id"])
-
-
-@pytest.fixture(scope="module")
-def load():
-    models = {}
-
-    def load(name):
-        if name not in models:
-            models[name] = AutoModelForCausalLM.from_pretrained(GOLDENS / name).eval()
-        return models[name]
-
-    return load
 
 
 def run(model, prompts, left_padded, **options):
@@ -52,7 +39,7 @@ def test_llada_moe(load, left_padded, case):
     prompts = [prompt[len(prompt) - sum(mask) :] for prompt, mask in zip(case["prompt_ids"], lengths, strict=True)]
     threshold = settings.get("threshold")
     rows, shapes = run(
-        load("llada2/model_llada_moe"),
+        load("families/llada2/model_llada_moe"),
         prompts,
         left_padded,
         max_new_tokens=settings["gen_length"],
@@ -71,7 +58,7 @@ def test_llada_moe(load, left_padded, case):
 @cases("block_ar/cases_a2d", lambda case: case["function"].startswith("MDLM"))
 def test_mdlm(load, left_padded, case):
     settings, prompts = case["settings"], case["prompt_ids"]
-    model = load("block_ar/" + case["model"])
+    model = load("families/block_ar/" + case["model"])
     model.config.logits_shift = int(settings.get("right_shift_logits", False))
     rows, shapes = run(
         model,

@@ -19,18 +19,6 @@ GOLDENS = Path(__file__).parent / "goldens"
 CASES = json.loads((GOLDENS / "cases_llada_loglikelihood.json").read_text())["cases"]
 
 
-@pytest.fixture(scope="module")
-def load():
-    models = {}
-
-    def load(name):
-        if name not in models:
-            models[name] = AutoModelForCausalLM.from_pretrained(GOLDENS / name).eval()
-        return models[name]
-
-    return load
-
-
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["id"])
 def test_a_recorded_estimate(load, case, batch_size):

@@ -88,10 +88,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def add_generate(commands) -> None:
     """The arguments of `flashdlm generate`."""
-    about = "Continue prompts with a LLaDA or Dream checkpoint. What is not given here is as the checkpoint says."
-    parser = commands.add_parser(
-        "generate", help="continue prompts with a LLaDA or Dream checkpoint", description=about
-    )
+    about = "Continue prompts with a diffusion model. What is not given here is as the checkpoint says."
+    parser = commands.add_parser("generate", help="continue prompts with a diffusion model", description=about)
     parser.set_defaults(run=generate)
     add = parser.add_argument
     add("--model", required=True, metavar="DIR_OR_ID", help="the diffusion model: a folder or a Hub repository")
@@ -107,7 +105,7 @@ def add_generate(commands) -> None:
 
 def add_chat(commands) -> None:
     """The arguments of `flashdlm chat`."""
-    about = "Talk to a LLaDA or Dream checkpoint and see each reply form. /clear forgets the turns, /exit ends."
+    about = "Talk to a diffusion model and see each reply form. /clear forgets the turns, /exit ends."
     parser = commands.add_parser("chat", help="talk to a checkpoint in the terminal", description=about)
     parser.set_defaults(run=chat)
     add = parser.add_argument
