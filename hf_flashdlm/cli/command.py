@@ -21,6 +21,7 @@ from ..version import __version__
 from .bench import add_commands as add_bench
 from .files import check_writable
 from .hub import add_commands
+from .many import add_file_arguments, answer_file, has_file
 
 
 # Options that are keywords of `generate`.
@@ -101,6 +102,7 @@ def add_generate(commands) -> None:
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action="store_true", help="show each text while it forms")
     add("--stats", action="store_true", help="print forwards and seconds to standard error")
+    add_file_arguments(parser)
 
 
 def add_chat(commands) -> None:
@@ -162,6 +164,8 @@ def integer_from(least: int):
 
 def generate(args: argparse.Namespace) -> None:
     """`flashdlm generate`."""
+    if has_file(args):
+        return answer_file(args, load)
     from rich.console import Console
 
     prompts = read_prompts(args.prompt)

@@ -137,10 +137,7 @@ class Checkpoint:
 
     def encode(self, prompts: list[Prompt], chat: bool | None) -> dict[str, torch.Tensor]:
         """`input_ids` and `attention_mask` of `prompts`, on the model's device."""
-        has_template = self.tokenizer.chat_template is not None
-        if chat and not has_template:
-            raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
-        chat = has_template if chat is None else chat
+        chat = self.uses_chat_template(chat)
         rows = [self._ids(prompt, chat) for prompt in prompts]
         if not all(rows):
             raise ValueError("`--prompt` must hold at least one token, got an empty text.")
@@ -148,6 +145,13 @@ class Checkpoint:
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         return {"input_ids": input_ids.to(self.model.device), "attention_mask": attention_mask.to(self.model.device)}
+
+    def uses_chat_template(self, chat: bool | None) -> bool:
+        """Whether prompts go into the chat template: as `chat` says, and by default if there is one."""
+        has_template = self.tokenizer.chat_template is not None
+        if chat and not has_template:
+            raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
+        return has_template if chat is None else chat
 
     def _ids(self, prompt: Prompt, chat: bool) -> list[int]:
         if not chat:
