@@ -43,7 +43,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("generate", "chat", "demo", "bench", "export", "push"):
+    for command in ("generate", "chat", "demo", "bench", "evaluate", "export", "push"):
         assert f"\n    {command} " in printed
 
 
@@ -54,7 +54,9 @@ def test_the_package_runs_as_a_module():
     assert run.stdout == f"flashdlm {hf_flashdlm.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", ["--version", "--help", "bench --help", "export model --help", "chat --steps"])
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "bench --help", "evaluate --help", "export model --help", "chat --steps"]
+)
 def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     imported = """
 import sys

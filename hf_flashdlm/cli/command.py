@@ -1,5 +1,5 @@
-"""The command line: `flashdlm generate`, `flashdlm chat`, `flashdlm demo`, `flashdlm bench`, `flashdlm export`
-and `flashdlm push`.
+"""The command line: `flashdlm generate`, `flashdlm chat`, `flashdlm demo`, `flashdlm bench`, `flashdlm evaluate`,
+`flashdlm export` and `flashdlm push`.
 
 Owns the arguments, what goes to which stream, and the exit codes: 0, 2 with one sentence on standard error for a
 mistake of the user's, 130 after an interrupt. Knows nothing of checkpoints or of how decoding works.
@@ -19,6 +19,7 @@ from ..console.terminal import guarded_terminal, visible
 from ..generation_config import WINDOW_POLICIES
 from ..version import __version__
 from .bench import add_commands as add_bench
+from .evaluate import add_evaluate
 from .files import check_writable
 from .hub import add_commands
 from .many import add_file_arguments, answer_file, has_file
@@ -83,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_chat(commands)
     add_demo(commands)
     add_bench(commands)
+    add_evaluate(commands)
     add_commands(commands)
     return parser
 
