@@ -4,7 +4,10 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 
@@ -238,6 +241,7 @@ def answers(folder, run=RUN, process=0):
 def test_batches_are_kept_once_whoever_has_written_them(tmp_path):
     for process in (0, 1):
         file = answers(tmp_path, process=process)
+        file.claim()
         file.start()
         file.add(process, [{"line": 2 - process}])
         file.add(2, [{"line": 4}])
@@ -249,9 +253,10 @@ def test_batches_are_kept_once_whoever_has_written_them(tmp_path):
 
 def test_an_output_with_fewer_batches_than_there_are_is_not_written(tmp_path):
     file = answers(tmp_path)
+    file.claim()
     file.start()
     with pytest.raises(
-        ValueError, match=r"^`--output` must be written by one command at a time, got 0 of 1 batches in"
+        ValueError, match="^`--output` must be written by one command at a time, and .* 0 of 1 batches"
     ):
         file.finish(1, {})
     assert not file.path.exists()
@@ -259,6 +264,7 @@ def test_an_output_with_fewer_batches_than_there_are_is_not_written(tmp_path):
 
 def test_parts_of_another_run_are_refused(tmp_path):
     other = answers(tmp_path, {"model": "b"})
+    other.claim()
     other.start()
     other.add(0, [])
     other.run_path.unlink()
@@ -358,6 +364,55 @@ def test_twenty_kills_lose_and_double_nothing(files, expected):
         for name in beside(output):
             (output.parent / name).unlink()
     assert left >= 5, "the kills came too late"
+
+
+@pytest.fixture
+def join(monkeypatch):
+    """`join(number)`: from now on this is process `number` of two, the other of which says the same."""
+
+    def join(number):
+        monkeypatch.setattr(Processes, "joined", lambda args: nullcontext(Processes(number, 2)))
+        monkeypatch.setattr(Processes, "gather", lambda self, value: [value, value])
+
+    return join
+
+
+def test_processes_share_the_batches(files, join, capsys, expected):
+    path, output = files(QUESTIONS[:5])
+    arguments = command(path, output, "--batch-size", "1")
+    join(0)
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        "flashdlm: `--output` must be written by one command at a time, and lie in a folder that all its processes "
+        f"share, got 3 of 5 batches beside {str(output)!r}: run it again.\n"
+    )
+    join(1)
+    assert main(arguments) == 0
+    assert beside(output) == ["answers.jsonl.part0", "answers.jsonl.part1", "answers.jsonl.run"]
+    assert capsys.readouterr().err == ""
+    join(0)
+    assert main(arguments) == 0
+    assert [row["answer"] for row in rows(output)] == expected[:5]
+    assert beside(output) == ["answers.jsonl", "answers.jsonl.run"]
+
+
+@pytest.mark.heavy
+def test_two_launched_processes_give_the_rows_of_one(files, monkeypatch):
+    path, output = files(QUESTIONS[:5])
+    arguments = command(path, output, "--batch-size", "1", "--temperature", "2", "--seed", "3")
+    assert main(arguments) == 0
+    whole = output.read_bytes()
+    output.unlink()
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        assert main(arguments) == 130
+    launch = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no".split()
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *launch, "--main_process_port", "0", "-m"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run([*launcher, "hf_flashdlm", *arguments], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    assert run.stderr.count("5 answers, 0 lines skipped") == 1
+    assert output.read_bytes() == whole
 
 
 def test_processes_must_be_alike(monkeypatch):

@@ -81,6 +81,9 @@ def decode_file(args, load: Callable, answers, processes: Processes, faults: dic
     report_faults(args, more_faults, processes)
     work, done = batches(lines, args.batch_size), answers.done()
     processes.agree({"parts of the output": sorted(done)})
+    if processes.number == 0:
+        answers.claim()
+    processes.wait()
     answers.start()
     left = [number for number in range(len(work)) if number not in done][processes.number :: processes.count]
     for number in show_progress(left, [len(batch) for batch in work], processes):

@@ -71,10 +71,13 @@ class AnswerFile:
                 found[entry["batch"]] = entry["rows"]
         return found
 
-    def start(self) -> None:
-        """Make the file of this process ready: what a killed one left in the middle of a line is cut off."""
+    def claim(self) -> None:
+        """Say whose output this will be; of several processes one does so, and before any starts."""
         if not self.run_path.exists():
             write(self.run_path, [json.dumps(self.run, indent=2) + "\n"])
+
+    def start(self) -> None:
+        """Make the file of this process ready: what a killed one left in the middle of a line is cut off."""
         with self.part_path.open("a+b") as file:
             file.seek(0)
             file.truncate(file.read().rfind(b"\n") + 1)
@@ -92,8 +95,8 @@ class AnswerFile:
         done = self.done()
         if len(done) != num_batches:
             raise ValueError(
-                f"`--output` must be written by one command at a time, got {len(done)} of {num_batches} batches in "
-                f"{str(self.path)!r}: run it again."
+                f"`--output` must be written by one command at a time, and lie in a folder that all its processes "
+                f"share, got {len(done)} of {num_batches} batches beside {str(self.path)!r}: run it again."
             )
         rows = [row for batch in done.values() for row in batch]
         rows += [{"line": number, "error": fault} for number, fault in faults.items()]
