@@ -39,6 +39,7 @@ def texts(output, prompts):
     return [row[longest - len(prompt) :] for row, prompt in zip(output.sequences.tolist(), prompts, strict=True)]
 
 
+part = settings(max_examples=settings.default.max_examples // 3)  # of the profile, see `test_laws.py`
 models = st.sampled_from(sorted(MASKS))
 rules = st.one_of(
     st.fixed_dictionaries({"confidence_threshold": st.sampled_from([0.3, 0.7, 0.95])}),
@@ -74,7 +75,7 @@ calls = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=40)
+@part
 @given(
     name=models,
     length=st.integers(1, 6),
@@ -99,7 +100,7 @@ def test_a_cached_decode_equals_one_without_a_cache(  # noqa: PLR0913, what a de
         assert (cached.active_tokens <= exact.active_tokens).all()
 
 
-@settings(max_examples=40)
+@part
 @given(
     name=models,
     length=st.integers(1, 6),

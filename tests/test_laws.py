@@ -1,6 +1,7 @@
 """The laws of every decode, over models, options, batches and guiders that are drawn at random.
 
-`make test` tries a moderate number of calls, `make test-laws` ten thousand. The models compute in float64: rounding
+`make test` tries a moderate number of calls, `make test-laws` more than ten thousand, those of models with
+block-causal attention (`test_block_causal_decoding.py`) among them. The models compute in float64: rounding
 depends on the size of a batch, and in float32 it would now and then decide between two tokens.
 """
 
