@@ -99,9 +99,7 @@ class DenoisingState:
         length = self.canvas.shape[1]
         places = [length * index + position for index, row in enumerate(self.rows) for position in row.written]
         tokens = [row.tokens[position] for row in self.rows for position in row.written]
-        index, source = (
-            torch.tensor(numbers, dtype=torch.long).to(self.canvas.device) for numbers in (places, tokens)
-        )
+        index, source = torch.tensor([places, tokens], dtype=torch.long).to(self.canvas.device)
         self.canvas = self.canvas.put(index, source)  # not in place: a streamer or processor may hold the old canvas
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -217,7 +215,7 @@ def denoise(
 def _transfer(token_ids: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor | None) -> list:
     """Drafts, their confidence and the entropy, if measured, as Python numbers: the only transfer of a step."""
     numbers = [token_ids, confidence] if entropy is None else [token_ids, confidence, entropy]
-    return torch.stack([values.to(confidence.dtype) for values in numbers]).tolist()  # token ids are exact as floats
+    return torch.stack(numbers).tolist()  # in the dtype of the confidence: token ids are exact as floats
 
 
 def _check_finite(rows: list[Row], candidate: list[bytearray], confidence: list[list[float]], logits, scores) -> None:

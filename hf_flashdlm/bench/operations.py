@@ -19,6 +19,7 @@ from ..compiling import cache_name, device_of
 # A single kernel each on accelerators, though torch makes the first of several operations on a CPU.
 WHOLE = {torch.ops.aten.rms_norm.default, torch.ops.aten.scaled_dot_product_attention.default}
 
+_NO_KERNEL = {torch.ops.aten.detach_.default}  # part of `torch.tensor`; it says that it writes, but does not
 _COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 
 
@@ -45,6 +46,8 @@ class OperationCounter(TorchDispatchMode):
                 return func._op_dk(_COMPOSITE, *args, **kwargs)
         result = func(*args, **kwargs)
         memory = _memory(result)
+        if func in _NO_KERNEL:
+            return result
         if func._schema.is_mutable or not memory or not memory <= _memory((args, kwargs)):
             self.counts[func._schema.name] += 1
         return result
