@@ -142,7 +142,10 @@ class FlashDLMGenerationMixin(_Model):
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
                 raise ValueError(f"`{name}` has no meaning for a diffusion decode, got {value!r}: drop it.")
-        DiffusionOptions.read(generation_config)
+        options = DiffusionOptions.read(generation_config)
+        for name in ("output_confidence", "output_history"):
+            if getattr(options, name) and not generation_config.return_dict_in_generate:
+                raise ValueError(f"`{name}` needs return_dict_in_generate=True, got a call that returns ids alone.")
         check_numbers(generation_config)
         return generation_config, model_kwargs
 
@@ -256,13 +259,13 @@ class FlashDLMGenerationMixin(_Model):
             return finished
 
         with _without_autograd(compile_config, self, guider):
-            denoise(state, denoiser, method, processors, drafter, after_step)
+            denoise(state, denoiser, method, processors, drafter, after_step, options.output_confidence)
             if isinstance(denoiser, SynchronizedDenoiser):
                 denoiser.finish(canvas.ids)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
-        output = ends.output(input_ids.device, **statistics)
+        output = ends.output(input_ids.device, options.output_confidence, options.output_history, **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
 
 

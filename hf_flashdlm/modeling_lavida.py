@@ -21,6 +21,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisi
 
 from .compiling import CACHE_NAME
 from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig
+from .fused_layers import fuse_layers
 from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 from .images import Images
 from .modeling_dream import DreamModel
@@ -171,6 +172,7 @@ class LavidaMixin(FlashDLMGenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = self.base_class(config)
+        fuse_layers(self)
         make_bidirectional(self)
         self.post_init()
 

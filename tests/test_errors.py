@@ -101,6 +101,12 @@ REFUSALS = {
     "processor-watermark": processor(
         "WatermarkLogitsProcessor", watermarking_config=dict(greenlist_ratio=0.25, bias=2.0)
     ),
+    **{
+        f"ids-alone-{name}": Refusal(
+            f"`{name}` needs return_dict_in_generate=True, got a call that returns ids alone.", {name: True}
+        )
+        for name in ("output_confidence", "output_history")
+    },
     # The cache.
     "cache-of-transformers": Refusal(
         f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a DynamicCache of 0 tokens: drop it, or `reset` it.",
