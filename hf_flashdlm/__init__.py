@@ -45,7 +45,7 @@ from .modeling_llada2 import LLaDA2MoeModelLM
 from .modeling_llada_moe import LLaDAMoEModelLM
 from .modeling_open_dcoder import OpenDCoderModel
 from .modeling_sdar import SDARForCausalLM, SDARMoeForCausalLM
-from .processing_lavida import LavidaProcessor
+from .processing_original import LavidaProcessor
 from .schedule import BlockSchedule, LinearSchedule, Schedule, ShiftSchedule
 from .tokenization_dream import DreamTokenizer
 from .unmasking import Confidence, Drafts, EntropyBudget, MostConfident, TokenEditing, UnmaskingRule

@@ -1,18 +1,29 @@
 """Recorded LaViDa models, images and pixels (tests/goldens/families/lavida), as a call of `generate` takes them."""
 
 import functools
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
+from cases import CHARACTERS
 from PIL import Image
-from transformers import AutoModelForImageTextToText
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from hf_flashdlm.processing_original import SYSTEM_MESSAGE
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "families" / "lavida"
 KINDS = ("llada", "dream")
 IMAGE, MASK = 505, 511
+LETTERS = sorted(set(SYSTEM_MESSAGE) | set("<|>_:\n"))
+TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @functools.cache
@@ -66,3 +77,40 @@ def encoded(kind, names):
         return {}
     embeddings = [features(kind, name) for name in names]
     return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=embeddings)}}
+
+
+def new_tokenizer(size=IMAGE):
+    """A tokenizer of letters with `size` ids."""
+    letters = (LETTERS + [one for one in CHARACTERS if one not in LETTERS])[:size]
+    backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, letters[-1]))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=letters[-2], chat_template=TEMPLATE)
+
+
+def write_checkpoint(folder, kind="llada", tokenizer=None, **changes):
+    """A folder like the original ones, with a tokenizer and no files of a processor; `changes` in its config.json."""
+    for file in (GOLDENS / f"model_{kind}").iterdir():
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    (tokenizer or new_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def chat(*contents, role="user"):
+    parts = [
+        {"type": "text", "text": one} if isinstance(one, str) else {"type": "image", "image": one} for one in contents
+    ]
+    return [{"role": role, "content": parts}]
+
+
+def prepared(processor, *chats):
+    return processor.apply_chat_template(
+        [*chats],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True},
+    )

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import struct
 import zlib
 
@@ -10,51 +9,27 @@ import lavida
 import numpy as np
 import pytest
 import torch
-from cases import CHARACTERS
-from lavida import GOLDENS, IMAGE, KINDS
+from lavida import GOLDENS, IMAGE, KINDS, chat, new_tokenizer, prepared
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedTokenizerFast,
     TextStreamer,
     pipeline,
 )
 
 from hf_flashdlm import LavidaProcessor
-from hf_flashdlm.processing_lavida import SYSTEM_MESSAGE
-
-
-LETTERS = sorted(set(SYSTEM_MESSAGE) | set("<|>_:\n"))
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def new_tokenizer(size=IMAGE):
-    """A tokenizer of letters with `size` ids."""
-    letters = (LETTERS + [one for one in CHARACTERS if one not in LETTERS])[:size]
-    backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, letters[-1]))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=letters[-2], chat_template=TEMPLATE)
+from hf_flashdlm.hub.loading import load_processor
+from hf_flashdlm.processing_original import SYSTEM_MESSAGE
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """`checkpoint(kind, **changes)`: a folder like the original ones, with a tokenizer and no files of a processor."""
+    """`checkpoint(kind, tokenizer, **changes)`: the folder of [`lavida.write_checkpoint`]."""
 
     def checkpoint(kind="llada", tokenizer=None, **changes):
-        folder = tmp_path_factory.mktemp(kind)
-        for file in (GOLDENS / f"model_{kind}").iterdir():
-            shutil.copy(file, folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
-        (tokenizer or new_tokenizer()).save_pretrained(folder)
-        return folder
+        return lavida.write_checkpoint(tmp_path_factory.mktemp(kind), kind, tokenizer, **changes)
 
     return checkpoint
 
@@ -69,24 +44,6 @@ def as_bytes(pixels):
     scaled = (pixels.double() * 0.5 + 0.5) * 255
     torch.testing.assert_close(scaled, scaled.round(), atol=1e-4, rtol=0)
     return scaled.round().to(torch.uint8).numpy()
-
-
-def chat(*contents, role="user"):
-    parts = [
-        {"type": "text", "text": one} if isinstance(one, str) else {"type": "image", "image": one} for one in contents
-    ]
-    return [{"role": role, "content": parts}]
-
-
-def prepared(processor, *chats):
-    return processor.apply_chat_template(
-        [*chats],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
 
 
 @pytest.mark.parametrize("name", ["wide", "tall", "banner"])
@@ -187,6 +144,49 @@ def test_an_image_token_that_cannot_be_is_refused(checkpoint):
     )
     with pytest.raises(ValueError, match=f"^{re.escape(message)}of the model\\.$"):
         AutoProcessor.from_pretrained(folder)
+
+
+def test_a_tokenizer_without_a_free_id_for_images_is_refused(checkpoint):
+    message = (
+        "`tokenizer` must leave an id below 512 for `<image>`, got 512 tokens: name one of them in `image_token_id` "
+        "of the configuration."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        AutoProcessor.from_pretrained(checkpoint(tokenizer=new_tokenizer(512)))
+
+
+def test_a_processor_of_another_family_is_refused(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace("LavidaProcessor", "LlavaProcessor"))
+    message = (
+        "`processor_class` must be LavidaProcessor in processor_config.json of a LaViDa, got 'LlavaProcessor': remove "
+        "the file, and a processor is made of the tokenizer."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        LavidaProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_image_tokens": 729}, "`num_image_tokens` is 729, and 196 fits."),
+        (
+            {"processor_class": None},
+            "`processor_class` must be LavidaProcessor in processor_config.json of a LaViDa, ",
+        ),
+        ("{", "It looks like the config file at"),
+    ],
+)
+def test_a_processor_that_does_not_fit_its_model_is_refused(checkpoint, processor, changes, said):
+    folder = checkpoint(image_token_id=IMAGE)
+    processor.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    path.write_text(changes if isinstance(changes, str) else json.dumps(json.loads(path.read_text()) | changes))
+    tokenizer = new_tokenizer()
+    message = f"`--model` must have a processor that fits its model, but in {str(folder)!r}: {said}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        load_processor("--model", str(folder), AutoConfig.from_pretrained(folder), tokenizer)
 
 
 def bomb():

@@ -3,12 +3,18 @@
 import json
 import shutil
 
+import lavida
 import pytest
 import torch
-from hub_cases import APART, SUMMARY, TINY, summary
+from hub_cases import APART, SUMMARY, TINY, summary, usage
 from huggingface_hub import ModelCard
 from minihub import TOKEN
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    pipeline,
+)
 
 import hf_flashdlm
 from hf_flashdlm.hub.export import export_code, export_guider, export_model
@@ -118,7 +124,12 @@ def expected(repositories):
 
 
 def test_every_family_is_here():
-    assert {model_type for model_type, _ in CHECKPOINTS.values()} == MODELS.keys() - {"llada", "Dream"}
+    assert {model_type for model_type, _ in CHECKPOINTS.values()} == MODELS.keys() - {
+        "llada",
+        "Dream",
+        "llava_llada",
+        "llava_dream",
+    }
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -213,7 +224,11 @@ def test_a_code_repository_without_sizes_needs_a_checkpoint(originals, tmp_path)
         return str(error.value)
 
     assert refusal("sdar", tmp_path / "out", "o/n") == (
-        "`checkpoint` must be given for 'sdar', whose checkpoints have no sizes in common: name one of them."
+        "`checkpoint` must be given for 'sdar', whose checkpoints do not share sizes: name one of them."
+    )
+    assert refusal("llava_llada", tmp_path / "out", "o/n") == (
+        "`checkpoint` must be given for 'llava_llada', whose checkpoints do not share the processor of images: name "
+        "one of them."
     )
     assert refusal("llada", tmp_path / "out", "o/n", str(originals["LLaDA-MoE-7B-A1B-Instruct"])) == (
         "`checkpoint` must be of type 'llada', got 'llada_moe'."
@@ -226,3 +241,91 @@ def test_the_files_of_a_model_say_what_it_is(originals, tmp_path):
     model = hf_flashdlm.OpenDCoderModel.from_pretrained(originals["open-dcoder-0.5B"])
     model.save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is hf_flashdlm.OpenDCoderModel
+
+
+# Models that see images
+
+
+PICTURE = str(lavida.GOLDENS / "images" / "wide.png")
+DESCRIBE = [{"role": "user", "content": [{"type": "image", "path": PICTURE}, {"type": "text", "text": "what"}]}]
+# Runs with the package and without it; a card names `picture.png`.
+DESCRIBES = f"""
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+class Words(TextStreamer):
+    def on_finalized_text(self, text, stream_end=False):
+        words.append(text)
+def describe(folder):
+    global words
+    words = []
+    repo = dict(pretrained_model_name_or_path=folder, trust_remote_code=True)
+    processor, model = AutoProcessor.from_pretrained(**repo), AutoModelForImageTextToText.from_pretrained(**repo)
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template([{DESCRIBE!r}], add_generation_prompt=True, **options)
+    options = dict(max_new_tokens=6, stop_at_eos=False, prefix_lm=True)
+    streamer = Words(processor.tokenizer, skip_prompt=True)
+    streamed = model.generate(**inputs, **options, streamer=streamer)
+    pipe = pipeline("image-text-to-text", folder, trust_remote_code=True)
+    (answer,) = pipe(text={DESCRIBE!r}, return_full_text=False, generate_kwargs=options)
+    decoded = summary(model.generate(**inputs, **options, return_dict_in_generate=True))
+    assert streamed.tolist() == decoded["sequences"]
+    return dict(decoded=decoded, piped=answer["generated_text"], streamed="".join(words)), model, processor
+"""
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """The exported folder of a small LaViDa of each kind."""
+    folder = tmp_path_factory.mktemp("seeing")
+    exported = {}
+    for kind in lavida.KINDS:
+        (folder / kind).mkdir()
+        original = lavida.write_checkpoint(folder / kind, kind, image_token_id=lavida.IMAGE)
+        (original / "generation_config.json").write_text('{"max_new_tokens": 6}')
+        exported[kind] = export_model(str(original), folder / f"lavida-{kind}", f"o/lavida-{kind}")
+    return exported
+
+
+def test_a_repository_that_sees_images_holds_its_processor(seeing):
+    for kind, folder in seeing.items():
+        files = list_files(folder)
+        assert {"processing_lavida.py", "processor_config.json", "README.md"} <= files.keys()
+        assert "processing_original.py" not in files
+        settings = json.loads((folder / "processor_config.json").read_text())
+        assert settings["auto_map"] == {"AutoProcessor": "processing_lavida.LavidaProcessor"}
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+        assert config["image_token_id"] == lavida.IMAGE
+        weights = (lavida.GOLDENS / f"model_{kind}" / "model.safetensors").read_bytes()
+        assert (folder / "model.safetensors").read_bytes() == weights
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.pipeline_tag == "image-text-to-text"
+        assert "AutoProcessor.from_pretrained(**repo)" in usage(card.content)
+        again = export_model(str(folder), folder.with_name(f"again-{kind}"), "o/again")
+        assert list_files(again).keys() == files.keys()
+        assert (again / "chat_template.jinja").read_text() == (folder / "chat_template.jinja").read_text()
+
+
+@pytest.mark.heavy
+def test_a_repository_describes_an_image_without_the_package_as_with_it(run_apart, seeing, tmp_path):
+    code = export_code("llava_dream", tmp_path / "code", "o/code", str(seeing["dream"]))
+    names = {"summary": summary, "pipeline": pipeline}
+    exec(DESCRIBES, names)
+    expected, cards = {}, ""
+    for kind, folder in seeing.items():
+        expected[kind] = names["describe"](str(folder))[0]
+        assert expected[kind]["piped"] == expected[kind]["streamed"] != ""
+        push(folder, f"o/lavida-{kind}", token=TOKEN)
+        cards += usage((folder / "README.md").read_text()) + "assert output.nfe > 0\n"
+    answers = run_apart(f"""{APART}{SUMMARY}{DESCRIBES}
+import shutil
+shutil.copyfile({PICTURE!r}, "picture.png")
+answers = {{}}
+for kind in {lavida.KINDS!r}:
+    answers[kind], model, processor = describe("o/lavida-" + kind)
+    assert {{type(one).__module__.partition(".")[0] for one in (model, processor)}} == {{"transformers_modules"}}
+processor = AutoProcessor.from_pretrained({str(code)!r}, trust_remote_code=True)
+assert processor.image_token_id == {lavida.IMAGE}
+{cards}
+print(json.dumps(answers))
+""")
+    assert answers == expected
