@@ -3,6 +3,8 @@
 import functools
 import json
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +116,13 @@ def prepared(processor, *chats):
         return_tensors="pt",
         processor_kwargs={"padding": True},
     )
+
+
+def bomb(side=60000):
+    """A file of a few bytes that says it holds a picture of `side` x `side` pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")

@@ -2,14 +2,12 @@
 
 import json
 import re
-import struct
-import zlib
 
 import lavida
 import numpy as np
 import pytest
 import torch
-from lavida import GOLDENS, IMAGE, KINDS, chat, new_tokenizer, prepared
+from lavida import GOLDENS, IMAGE, KINDS, bomb, chat, new_tokenizer, prepared
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -187,16 +185,6 @@ def test_a_processor_that_does_not_fit_its_model_is_refused(checkpoint, processo
     message = f"`--model` must have a processor that fits its model, but in {str(folder)!r}: {said}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         load_processor("--model", str(folder), AutoConfig.from_pretrained(folder), tokenizer)
-
-
-def bomb():
-    """A file of a few bytes that says it holds a picture of 60000 x 60000 pixels."""
-
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")  # as it is left
