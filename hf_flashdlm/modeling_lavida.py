@@ -47,6 +47,8 @@ class LavidaBase(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         vision, width = config.vision_config, config.hidden_size
+        if vision._attn_implementation is None:  # its modules are no model, whose `__init__` would choose
+            vision._attn_implementation = config._attn_implementation
         tower = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": VisionTransformer(vision)})})
         self.vision_tower: Any = tower
         projector = [nn.Linear(config.mm_hidden_size, width), nn.GELU(), nn.Linear(width, width)]
