@@ -45,9 +45,12 @@ class LavidaProcessor(LlavaOnevisionProcessor):
         See [`~transformers.ProcessorMixin`]. Images in one list go to the texts in order, as many as each asks for.
 
         Raises:
-            ValueError: If an image cannot be read.
+            ValueError: If an image cannot be read, or if a text does not ask for as many images as it has.
         """
-        images = None if images is None else self._by_text(self._read(images), text)
+        if images is not None:
+            images = self._read(images)
+        if text is not None:
+            images = self._by_text([] if images is None else images, [text] if isinstance(text, str) else text)
         return super().__call__(images=images, text=text, **kwargs)
 
     def _read(self, images):
@@ -61,17 +64,22 @@ class LavidaProcessor(LlavaOnevisionProcessor):
             raise ValueError(f"`images` must be pictures that can be read, got one that cannot: {error}") from error
         return images
 
-    def _by_text(self, images, text):
-        """Images as a list for each text, if they are one list that holds as many as the texts ask for."""
-        if (
-            text is None
-            or not isinstance(images, list | tuple)
-            or any(isinstance(one, list | tuple) for one in images)
-        ):
-            return images
-        counts = [one.count(self.image_token) for one in ([text] if isinstance(text, str) else text)]
-        left = iter(images)
-        return [[next(left) for _ in range(count)] for count in counts] if sum(counts) == len(images) else images
+    def _by_text(self, images, texts: list[str]):
+        """A list of images for each text, or None if there are none."""
+        asked = [text.count(self.image_token) for text in texts]
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        if not any(isinstance(one, list | tuple) for one in images):
+            left, given = iter(images), [len(images)]
+            if len(images) == sum(asked):
+                images, given = [[next(left) for _ in range(count)] for count in asked], asked
+        else:
+            given = [len(flat(of_text)) for of_text in images]
+        if given != asked:
+            raise ValueError(
+                f"`text` must hold `{self.image_token}` once for each of its images, got {asked} in the texts and "
+                f"{given} images."
+            )
+        return images if any(asked) else None
 
 
 def flat(images) -> list:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import json
 import os
 import shutil
 
@@ -167,3 +168,13 @@ def test_a_chat_template_that_drops_a_picture_is_one_sentence(folder, tmp_path, 
         "`--model` must have a chat template that keeps the token `<image>` of each picture, and its template does"
     )
     assert capsys.readouterr().err == f"flashdlm: {message} not.\n"
+
+
+def test_tiles_that_take_the_machine_are_one_sentence(folder, tmp_path, capsys):
+    shutil.copytree(folder, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"image_grid_pinpoints": [[384000, 384000]]}))
+    assert main(command(str(tmp_path / "model"), "--prompt", "what", "--image", WIDE)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("flashdlm: `--image` cannot be cut into tiles as `--model` asks for: ")
+    assert error.count("\n") == 1

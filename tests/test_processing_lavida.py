@@ -199,6 +199,48 @@ def test_a_file_that_is_no_picture_is_refused(processor, tmp_path, fault):
         prepared(processor, [{"role": "user", "content": [{"type": "image", "path": str(path)}]}])
 
 
+SPOT = Image.new("RGB", (9, 9))
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "asked", "given"),
+    [
+        (SPOT, "a", [0], [1]),
+        (None, "<image>a", [1], [0]),
+        ([SPOT, SPOT], "<image>a", [1], [2]),
+        ([SPOT], "<image><image>", [2], [1]),
+        ([SPOT], ["<image>a", "<image>b"], [1, 1], [1]),
+        ([[SPOT], []], ["a", "<image>b"], [0, 1], [1, 0]),
+        ([[SPOT]], ["<image>a", "b"], [1, 0], [1]),
+    ],
+)
+def test_texts_that_do_not_ask_for_their_images_are_refused(processor, images, text, asked, given):
+    message = f"`text` must hold `<image>` once for each of its images, got {asked} in the texts and {given} images."
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        processor(images, text, return_tensors="pt", padding=True)
+
+
+def test_images_go_to_the_texts_that_ask_for_them(processor):
+    given = processor([SPOT, SPOT, SPOT], ["<image>a", "b", "<image><image>"], return_tensors="pt", padding=True)
+    assert given["batch_num_images"].tolist() == [1, 2], "of the texts that have any"
+    tokens = (given["input_ids"] == IMAGE).sum(1).tolist()
+    assert tokens[1:] == [0, 2 * 197] and tokens[0] > 197
+    for images in (None, [], [[], []]):
+        given = processor(images, ["a", "b"], return_tensors="pt")
+        assert given.keys() == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (5, 2000), (383, 385)])
+def test_an_image_of_any_shape_has_as_many_tokens_as_embeddings(processor, size, no_grad, monkeypatch):
+    given = processor(Image.new("RGB", size), "<image>", return_tensors="pt")
+    model = lavida.load("llada").model
+    tower = model.vision_tower.vision_tower.vision_model
+    monkeypatch.setattr(tower, "forward", lambda tiles: torch.zeros(len(tiles), 729, 24))
+    pixels = {name: given[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
+    (features,) = model.get_image_features(**pixels).pooler_output
+    assert len(features) == given["input_ids"].numel()
+
+
 def test_other_models_under_the_same_name_are_refused(checkpoint):
     message = (
         "`model_type` 'llava_llada' must be a LaViDa here, got LLaDA-V, whose vision part and weight names are "

@@ -24,12 +24,14 @@ from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
 from ..hub import loading
 from ..hub.loading import (
+    bounded,
     check_device,
     is_diffusion_model,
     load_config,
     load_diffusion_config,
     load_processor,
     load_tokenizer,
+    refusing,
     sees_images,
     set_mask_token,
 )
@@ -186,7 +188,8 @@ class Checkpoint:
     def _with_images(self, rows: list[list[int]], images: Sequence) -> tuple[list[list[int]], dict]:
         """The rows with as many image tokens as the images, the same for each row, have embeddings; their pixels."""
         number, token_id = len(images), self.processor.image_token_id
-        inputs = self.processor(list(images), number * self.processor.image_token, return_tensors="pt")
+        with refusing("`--image` cannot be cut into tiles as `--model` asks for"), bounded():
+            inputs = self.processor(list(images), number * self.processor.image_token, return_tensors="pt")
         of_each = (inputs["input_ids"] == token_id).sum().item() // number  # several have one tile each
         if any(row.count(token_id) != number for row in rows):
             raise ValueError(
