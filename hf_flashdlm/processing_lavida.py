@@ -18,6 +18,8 @@ class LavidaProcessor(LlavaOnevisionProcessor):
         num_image_tokens (`int`, *optional*, defaults to 196): Number of tokens of a tile.
         chat_template (`str`, *optional*): Renders chats whose contents are texts and images.
         image_token (`str`, *optional*, defaults to `"<image>"`): Stands for an image in a text.
+        vision_aspect_ratio (`str`, *optional*, defaults to `"anyres_max_9"`):
+            How many tiles have as many tokens as a larger grid is scaled down to.
     """
 
     def __init__(  # noqa: PLR0913, the arguments of Transformers
@@ -28,6 +30,7 @@ class LavidaProcessor(LlavaOnevisionProcessor):
         vision_feature_select_strategy: str = "full",
         chat_template: str | None = None,
         image_token: str = "<image>",
+        vision_aspect_ratio: str = "anyres_max_9",
         **kwargs,
     ):
         super().__init__(
@@ -37,6 +40,7 @@ class LavidaProcessor(LlavaOnevisionProcessor):
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=chat_template,
             image_token=image_token,
+            vision_aspect_ratio=vision_aspect_ratio,
             **kwargs,
         )
 

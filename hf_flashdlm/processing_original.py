@@ -3,8 +3,6 @@
 Owns what it is made of: tiles, the image token, and the system message of the chat template. Knows nothing of models.
 """
 
-from math import ceil
-
 from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaOnevisionImageProcessorPil
 from transformers.utils import PROCESSOR_NAME, cached_file
 
@@ -34,6 +32,7 @@ FLATTEN = """
 {%- endfor -%}
 {%- set messages = vision.messages -%}
 """
+MOST_TILES = 10**6  # as good as no limit
 CACHED = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
@@ -91,8 +90,14 @@ class LavidaProcessor(ProcessorFromFiles):
         if template is not None:
             texts = {"SYSTEM_MESSAGE": SYSTEM_MESSAGE, "IMAGE_TOKEN": image_token}
             template = "".join(f"{{%- set {name} = {text!r} -%}}" for name, text in texts.items()) + FLATTEN + template
-        side = ceil(size // config.vision_config.patch_size / 2)
-        return cls(image_processor, tokenizer, side**2, chat_template=template, image_token=image_token)
+        return cls(
+            image_processor,
+            tokenizer,
+            config.tile_side**2,
+            chat_template=template,
+            image_token=image_token,
+            vision_aspect_ratio=f"anyres_max_{config.max_tiles or MOST_TILES}",
+        )
 
 
 def _image_token(config, tokenizer) -> str:

@@ -15,12 +15,37 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from hf_flashdlm import LLaDAVConfig, LlavaLLaDAModelLM
 from hf_flashdlm.processing_original import SYSTEM_MESSAGE
 
 
 GOLDENS = Path(__file__).parent / "goldens" / "families" / "lavida"
 KINDS = ("llada", "dream")
 IMAGE, MASK = 505, 511
+# A LLaDA-V of small sizes.
+TILE_SIZE = 56
+TEXT = dict(
+    vocab_size=512,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    rope_theta=500000.0,
+    initializer_range=0.4,
+)
+VISION = dict(
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    image_size=TILE_SIZE,
+    patch_size=14,
+    vision_use_head=False,
+)
+IDS = dict(mask_token_id=511, eos_token_id=510, pad_token_id=509, image_token_id=IMAGE)
 LETTERS = sorted(set(SYSTEM_MESSAGE) | set("<|>_:\n"))
 TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
@@ -97,6 +122,18 @@ def write_checkpoint(folder, kind="llada", tokenizer=None, **changes):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     (tokenizer or new_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def write_llada_v(folder):
+    """A small LLaDA-V as the original code saves it, with a tokenizer; its file says what the original's says."""
+    torch.manual_seed(0)
+    LlavaLLaDAModelLM(LLaDAVConfig(**TEXT, **IDS, vision_config=VISION, mm_hidden_size=24)).save_pretrained(folder)
+    fields = TEXT | IDS | {"vision_config": VISION | {"model_type": "siglip_vision_model"}, "mm_hidden_size": 24}
+    fields |= {"model_type": "llava_llada", "architectures": ["LlavaLLaDAModelLM"], "mm_vision_select_layer": -2}
+    fields |= {"image_grid_pinpoints": "(1x1),...,(6x6)", "image_aspect_ratio": "anyres_max_4"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    new_tokenizer().save_pretrained(folder)
     return folder
 
 

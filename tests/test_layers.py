@@ -39,11 +39,11 @@ LAYERS = (
     "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
     "configuration_open_dcoder configuration_sdar",
     "configuration_llada denoiser denoising_loop generation_inputs guider_text",
-    "configuration_lavida guider log_likelihood parts",
+    "configuration_lavida configuration_mmada guider log_likelihood parts",
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",
-    "modeling_a2d modeling_fast_dllm_v2 modeling_lavida modeling_llada2 modeling_llada_moe modeling_open_dcoder "
-    "modeling_sdar",
+    "modeling_a2d modeling_fast_dllm_v2 modeling_lavida modeling_llada2 modeling_llada_moe modeling_mmada "
+    "modeling_open_dcoder modeling_sdar",
     "__init__ prompting",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}

@@ -241,28 +241,18 @@ def test_an_image_of_any_shape_has_as_many_tokens_as_embeddings(processor, size,
     assert len(features) == given["input_ids"].numel()
 
 
-def test_other_models_under_the_same_name_are_refused(checkpoint):
-    message = (
-        "`model_type` 'llava_llada' must be a LaViDa here, got LLaDA-V, whose vision part and weight names are "
-        "others: load it with its own code, in a process that does not import hf_flashdlm."
-    )
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        AutoModelForImageTextToText.from_pretrained(checkpoint(architectures=["LlavaLLaDAModelLM"]))
-    folder = checkpoint()
-    config = json.loads((folder / "config.json").read_text())
-    config["hidden_size"] = config.pop("d_model")
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        AutoConfig.from_pretrained(folder)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
             {"mm_projector_type": "linear"},
-            "`mm_projector_type` must be 'mlp2x_gelu', as in every released LaViDa, got 'linear': load it with its "
-            "own code.",
+            "`mm_projector_type` must be 'mlp2x_gelu', as in every released checkpoint of llava_llada, got 'linear': "
+            "load it with its own code.",
+        ),
+        (
+            {"image_aspect_ratio": "pad"},
+            "`image_aspect_ratio` must be 'anyres' or 'anyres_max_' and a number of tiles, got 'pad': load it with "
+            "its own code.",
         ),
         (
             {"mm_hidden_size": 1152},

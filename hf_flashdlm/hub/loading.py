@@ -34,10 +34,11 @@ from ..configuration_a2d import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config
 from ..configuration_diffusion import repository_name
 from ..configuration_dream import DreamConfig
 from ..configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
-from ..configuration_lavida import LavidaConfig, LavidaDreamConfig, LavidaLLaDAConfig
+from ..configuration_lavida import LavidaConfig, LavidaDreamConfig, LavidaLLaDAConfig, LLaDAVConfig
 from ..configuration_llada import LLaDAConfig
 from ..configuration_llada2 import LLaDA2MoeConfig
 from ..configuration_llada_moe import LLaDAMoEConfig
+from ..configuration_mmada import MMadaConfig
 from ..configuration_open_dcoder import OpenDCoderConfig
 from ..configuration_sdar import SDARConfig, SDARMoeConfig
 from ..processing_original import LavidaProcessor
@@ -50,11 +51,13 @@ except ImportError:  # on Windows, where nothing bounds what a template or a con
 
 SECONDS, BYTES = 20, 2**31  # of processor time, and of memory beyond what the process has
 
-# The diffusion models, by `model_type`; LLaDA-MoE, which has that of LLaDA, by a name of its own.
+# The diffusion models, by `model_type`; LLaDA-MoE and LLaDA-V, which have that of LLaDA and of LaViDa, by names of
+# their own.
 MODELS: dict[str, type[PreTrainedConfig]] = {
     "llada": LLaDAConfig,
     "llada_moe": LLaDAMoEConfig,
     "llada2_moe": LLaDA2MoeConfig,
+    "mmada": MMadaConfig,
     "Dream": DreamConfig,
     "open_dcoder": OpenDCoderConfig,
     "sdar": SDARConfig,
@@ -65,10 +68,11 @@ MODELS: dict[str, type[PreTrainedConfig]] = {
     "a2d-llama": A2DLlamaConfig,
     "llava_llada": LavidaLLaDAConfig,
     "llava_dream": LavidaDreamConfig,
+    "llada_v": LLaDAVConfig,
 }
 
 # What of a processor has to fit the model.
-PROCESSED = ("image_token_id", "num_image_tokens", "size", "image_grid_pinpoints")
+PROCESSED = ("image_token_id", "num_image_tokens", "vision_aspect_ratio", "size", "image_grid_pinpoints")
 
 
 class LimitReached(RuntimeError):
@@ -358,4 +362,5 @@ def load_processor(
 def how_processed(processor: LavidaProcessor) -> tuple:
     """Values of `PROCESSED`."""
     images = processor.image_processor
-    return processor.image_token_id, processor.num_image_tokens, dict(images.size), images.image_grid_pinpoints
+    counts = (processor.image_token_id, processor.num_image_tokens, processor.vision_aspect_ratio)
+    return (*counts, dict(images.size), images.image_grid_pinpoints)

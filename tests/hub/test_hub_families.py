@@ -52,6 +52,7 @@ CHECKPOINTS = {
     "LLaDA2.0-mini": ("llada2_moe", ROUTED),
     "LLaDA2.1-mini": ("llada2_moe", ROUTED),
     "open-dcoder-0.5B": ("open_dcoder", {}),
+    "MMaDA-8B-MixCoT": ("mmada", dict(num_key_value_heads=2, codebook_size=64)),
 }
 WITH_CODE = ("LLaDA-MoE-7B-A1B-Instruct", "LLaDA2.1-mini", "open-dcoder-0.5B")
 DERIVED = ("mask_token_id", "attention_block_length", "block_size", "recommended_method", "logits_shift")
@@ -68,7 +69,7 @@ def original(name, folder):
     """A small checkpoint in the form of the one of that name, with a tokenizer that has a mask token."""
     model_type, fields = CHECKPOINTS[name]
     torch.manual_seed(0)
-    config = MODELS[model_type](**SIZES, **fields)
+    config = MODELS[model_type](**SIZES | fields)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     values = {key: value for key, value in values.items() if key not in DERIVED or key in fields}
@@ -124,12 +125,8 @@ def expected(repositories):
 
 
 def test_every_family_is_here():
-    assert {model_type for model_type, _ in CHECKPOINTS.values()} == MODELS.keys() - {
-        "llada",
-        "Dream",
-        "llava_llada",
-        "llava_dream",
-    }
+    elsewhere = {"llada", "Dream", "llava_llada", "llava_dream", "llada_v"}
+    assert {model_type for model_type, _ in CHECKPOINTS.values()} == MODELS.keys() - elsewhere
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -144,7 +141,8 @@ def test_an_export_says_what_the_name_of_the_checkpoint_said(originals, reposito
         "LLaDA2.0-mini": (32, "llada2"),
         "LLaDA2.1-mini": (32, "llada2.1"),
     }.get(name, (32, "bd3lm") if "bd3lm" in name else (None, None))
-    assert (config.attention_block_length, config.recommended_method) == (length, method)
+    found = [getattr(config, field, None) for field in ("attention_block_length", "recommended_method")]
+    assert found == [length, method]
     assert config.mask_token_id == (311 if name == "SDAR-1.7B-Chat-b8" else 1), "that of the file, or the tokenizer's"
     settings = json.loads((repositories[name] / "generation_config.json").read_text())
     assert settings["mask_token_id"] == config.mask_token_id
@@ -274,12 +272,15 @@ def describe(folder):
 
 @pytest.fixture(scope="module")
 def seeing(tmp_path_factory):
-    """The exported folder of a small LaViDa of each kind."""
+    """The exported folder of a small LaViDa of each kind, and of a LLaDA-V."""
     folder = tmp_path_factory.mktemp("seeing")
     exported = {}
-    for kind in lavida.KINDS:
+    for kind in (*lavida.KINDS, "llada_v"):
         (folder / kind).mkdir()
-        original = lavida.write_checkpoint(folder / kind, kind, image_token_id=lavida.IMAGE)
+        if kind == "llada_v":
+            original = lavida.write_llada_v(folder / kind)
+        else:
+            original = lavida.write_checkpoint(folder / kind, kind, image_token_id=lavida.IMAGE)
         (original / "generation_config.json").write_text('{"max_new_tokens": 6}')
         exported[kind] = export_model(str(original), folder / f"lavida-{kind}", f"o/lavida-{kind}")
     return exported
@@ -295,7 +296,7 @@ def test_a_repository_that_sees_images_holds_its_processor(seeing):
         config = json.loads((folder / "config.json").read_text())
         assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
         assert config["image_token_id"] == lavida.IMAGE
-        weights = (lavida.GOLDENS / f"model_{kind}" / "model.safetensors").read_bytes()
+        weights = (folder.with_name(kind) / "model.safetensors").read_bytes()
         assert (folder / "model.safetensors").read_bytes() == weights
         card = ModelCard.load(folder / "README.md")
         assert card.data.pipeline_tag == "image-text-to-text"
@@ -320,7 +321,7 @@ def test_a_repository_describes_an_image_without_the_package_as_with_it(run_apar
 import shutil
 shutil.copyfile({PICTURE!r}, "picture.png")
 answers = {{}}
-for kind in {lavida.KINDS!r}:
+for kind in {list(seeing)!r}:
     answers[kind], model, processor = describe("o/lavida-" + kind)
     assert {{type(one).__module__.partition(".")[0] for one in (model, processor)}} == {{"transformers_modules"}}
 processor = AutoProcessor.from_pretrained({str(code)!r}, trust_remote_code=True)
