@@ -209,9 +209,7 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, minihub, tmp_path):
         *export("o/absent"),
     )
     refused("must be an autoregressive model", export_guider, str(checkpoint), tmp_path / "out", "o/n")
-    refused(
-        "`model_type` must be one of llada, .*, llada_v, got 'gpt2'", export_code, "gpt2", tmp_path / "out", "o/n"
-    )
+    refused("`model_type` must be one of llada, .*, llada_v, got 'gpt2'", export_code, "gpt2", tmp_path / "out", "o/n")
     refused("must be of type 'llada', got 'Dream'", export_code, "llada", tmp_path / "out", "o/n", str(checkpoint))
     weights = load_file(checkpoint / "model.safetensors")
     del weights["lm_head.weight"]
