@@ -118,12 +118,24 @@ class LavidaConfig(PreTrainedConfig):
 
 def _pinpoints(pinpoints, size: int) -> list[list[int]]:
     """Widths and heights in pixels of grids, whatever the form they have in the file."""
-    if isinstance(pinpoints, str) and "x" in pinpoints:
-        (a, b), *_, (c, d) = [tuple(map(int, pair)) for pair in re.findall(r"(\d+)x(\d+)", pinpoints)]
-        return [[width * size, height * size] for width in range(a, c + 1) for height in range(b, d + 1)]
+    found, grids = pinpoints, []
     if isinstance(pinpoints, str):
-        pinpoints = ast.literal_eval(pinpoints)
-    return [list(point) for point in pinpoints]
+        corners = [tuple(map(int, pair)) for pair in re.findall(r"(\d{1,3})x(\d{1,3})", pinpoints)]
+        found = _between(corners[0], corners[-1], size) if corners else ast.literal_eval(pinpoints)
+    for grid in found or [()]:
+        if len(grid) != 2 or not all(isinstance(side, int) and side > 0 and side % size == 0 for side in grid):
+            raise ValueError(
+                f"`image_grid_pinpoints` must be widths and heights in multiples of a tile's {size} pixels, got "
+                f"{pinpoints!r}: change one of them."
+            )
+        grids.append(list(grid))
+    return grids
+
+
+def _between(smallest: tuple[int, ...], largest: tuple[int, ...], size: int) -> list[tuple[int, int]]:
+    """Widths and heights in pixels of all grids from the smallest to the largest, which are in tiles."""
+    widths, heights = (range(low, high + 1) for low, high in zip(smallest, largest, strict=True))
+    return [(width * size, height * size) for width in widths for height in heights]
 
 
 class LLaDAVConfig(LavidaConfig, DiffusionConfig, LlamaConfig):

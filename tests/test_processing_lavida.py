@@ -254,6 +254,14 @@ def test_an_image_of_any_shape_has_as_many_tokens_as_embeddings(processor, size,
             "`image_aspect_ratio` must be 'anyres' or 'anyres_max_' and a number of tiles, got 'pad': load it with "
             "its own code.",
         ),
+        *(
+            (
+                {"image_grid_pinpoints": pinpoints},
+                "`image_grid_pinpoints` must be widths and heights in multiples of a tile's 384 pixels, got "
+                f"{pinpoints!r}: change one of them.",
+            )
+            for pinpoints in ([[384, 500]], [[384]], [], "[(0, 384)]", "(2x2),...,(1x1)", [[384.0, 384]])
+        ),
         (
             {"mm_hidden_size": 1152},
             "`mm_hidden_size` must be the width of the vision tower, 24, got 1152: change one of them.",

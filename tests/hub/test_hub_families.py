@@ -263,7 +263,7 @@ def describe(folder):
     streamer = Words(processor.tokenizer, skip_prompt=True)
     streamed = model.generate(**inputs, **options, streamer=streamer)
     pipe = pipeline("image-text-to-text", folder, trust_remote_code=True)
-    (answer,) = pipe(text={DESCRIBE!r}, return_full_text=False, generate_kwargs=options)
+    (answer,) = pipe(text={DESCRIBE!r}, return_full_text=False, generate_kwargs=dict(options))
     decoded = summary(model.generate(**inputs, **options, return_dict_in_generate=True))
     assert streamed.tolist() == decoded["sequences"]
     return dict(decoded=decoded, piped=answer["generated_text"], streamed="".join(words)), model, processor
