@@ -17,7 +17,7 @@ from hf_flashdlm.tiny import FOLDER as TINY
 ROOT = Path(__file__).parents[1]
 QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does Adam have now?"
 SHORT = ["generate", "--model", str(TINY / "dlm"), "--device", "cpu", "--max-new-tokens", "8", "--block-length", "8"]
-GENERATE_OPTIONS = """--model --guider --prompt --max-new-tokens --block-length --steps --confidence-threshold
+GENERATE_OPTIONS = """--model --guider --prompt --image --max-new-tokens --block-length --steps --confidence-threshold
 --window-policy --temperature --seed --dtype --device --chat --no-chat --stream --stats""".split()
 CHAT_OPTIONS = """--model --guider --max-new-tokens --block-length --temperature --seed --dtype --device
 --system""".split()
