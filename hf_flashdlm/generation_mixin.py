@@ -290,7 +290,7 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
     architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3, others).
-    The files of a class that has attention blocks, such as SDAR's, cannot say it: a model that is saved has them again.
+    Files of a class that has attention blocks, such as SDAR's, cannot say it: once saved, a model has them again.
     """
     drop_causality(model)
     if attention_block_length(model) is not None:
