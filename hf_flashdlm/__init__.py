@@ -22,10 +22,11 @@ from .canvas_processors import CanvasProcessor
 from .configuration_a2d import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config
 from .configuration_dream import DreamConfig
 from .configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
-from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig
+from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig, LLaDAVConfig
 from .configuration_llada import LLaDAConfig
 from .configuration_llada2 import LLaDA2MoeConfig
 from .configuration_llada_moe import LLaDAMoEConfig
+from .configuration_mmada import MMadaConfig
 from .configuration_open_dcoder import OpenDCoderConfig
 from .configuration_sdar import SDARConfig, SDARMoeConfig
 from .console.display import CanvasStreamer
@@ -39,13 +40,14 @@ from .methods import METHODS
 from .modeling_a2d import A2DLlamaLMHeadModel, A2DQwen2LMHeadModel, A2DQwen3LMHeadModel
 from .modeling_dream import DreamModel
 from .modeling_fast_dllm_v2 import Fast_dLLM_QwenForCausalLM
-from .modeling_lavida import LlavaDreamForMaskedDiffusion, LlavaLladaForMaskedDiffusion
+from .modeling_lavida import LlavaDreamForMaskedDiffusion, LlavaLladaForMaskedDiffusion, LlavaLLaDAModelLM
 from .modeling_llada import LLaDAModelLM
 from .modeling_llada2 import LLaDA2MoeModelLM
 from .modeling_llada_moe import LLaDAMoEModelLM
+from .modeling_mmada import MMadaModelLM
 from .modeling_open_dcoder import OpenDCoderModel
 from .modeling_sdar import SDARForCausalLM, SDARMoeForCausalLM
-from .processing_lavida import LavidaProcessor
+from .processing_original import LavidaProcessor
 from .schedule import BlockSchedule, LinearSchedule, Schedule, ShiftSchedule
 from .tokenization_dream import DreamTokenizer
 from .unmasking import Confidence, Drafts, EntropyBudget, MostConfident, TokenEditing, UnmaskingRule
@@ -92,13 +94,17 @@ __all__ = [
     "LLaDAMoEConfig",
     "LLaDAMoEModelLM",
     "LLaDAModelLM",
+    "LLaDAVConfig",
     "LavidaDreamConfig",
     "LavidaLLaDAConfig",
     "LavidaProcessor",
     "LinearSchedule",
     "LlavaDreamForMaskedDiffusion",
+    "LlavaLLaDAModelLM",
     "LlavaLladaForMaskedDiffusion",
     "LogLikelihoodOutput",
+    "MMadaConfig",
+    "MMadaModelLM",
     "MostConfident",
     "OpenDCoderConfig",
     "OpenDCoderModel",
@@ -133,19 +139,20 @@ _MODELS: dict[Any, type] = {
     Fast_dLLM_QwenConfig: Fast_dLLM_QwenForCausalLM,
     LLaDA2MoeConfig: LLaDA2MoeModelLM,
     OpenDCoderConfig: OpenDCoderModel,
+    MMadaConfig: MMadaModelLM,
 }
 _VISION: dict[Any, type] = {
     LavidaLLaDAConfig: LlavaLladaForMaskedDiffusion,
     LavidaDreamConfig: LlavaDreamForMaskedDiffusion,
+    LLaDAVConfig: LlavaLLaDAModelLM,
 }
-# LLaDA's configuration makes it, by the same `model_type`.
+# The configurations of LLaDA and LaViDa make them, by the same `model_type`.
 _SHARED: dict[Any, type] = {LLaDAMoEConfig: LLaDAMoEModelLM}
 for _config, _model in _VISION.items():
-    AutoConfig.register(_config.model_type, _config)
     AutoProcessor.register(_config, LavidaProcessor)
     for _auto in (AutoModel, AutoModelForImageTextToText):
         _auto.register(_config, _model)
-for _config in (*_MODELS, *REFUSED):
+for _config in (*_MODELS, LavidaLLaDAConfig, LavidaDreamConfig, *REFUSED):
     AutoConfig.register(_config.model_type, _config)
 for _config, _model in (_MODELS | _SHARED).items():
     for _auto in (AutoModel, AutoModelForCausalLM):

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import logging
+from transformers.utils.deprecation import deprecate_kwarg
 
 
 logger = logging.get_logger(__name__)
@@ -20,6 +21,10 @@ CAPTURING_MODES = ("reduce-overhead", "max-autotune")  # of `torch.compile`: a G
 # The name of the cache in models, masks, outputs and `generate` of Transformers: `cache` from 5.24 on. The older name
 # can go when 5.24 is the oldest version supported.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+# Lets a forward or layer whose cache is called `cache` be given it by the older name: with a version that has passed,
+# the decorator of Transformers takes that without a word.
+takes_past_key_values = deprecate_kwarg("past_key_values", version="5.18.0", new_name="cache")
 
 # Compile configs that failed, so that no later call tries them again. Keyed by the input embedding, because the views
 # by which models of other classes are decoded share it with the original model.

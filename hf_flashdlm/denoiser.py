@@ -96,7 +96,9 @@ class Denoiser:
         self.shift = logits_shift
         self.first = canvas_mask.argmax(1).tolist()  # where each row begins, after its padding
         self.padded = not bool(canvas_mask.all())
-        self.canvas_mask = canvas_mask
+        self.canvas_mask = canvas_mask.bool()
+        # Slices of it are the positions that a step keeps, and those that it sees: nothing is made anew.
+        self.columns = torch.arange(canvas_mask.shape[1] + WIDTH_STEP, device=canvas_mask.device)
         self.position_ids = (canvas_mask.cumsum(1) - 1).clamp_min(0)
         self.prefix_length = prefix_length
         self.prefix_logits: torch.Tensor | None = None  # (B, 1, V): the scores of the first position after the prefix
@@ -142,7 +144,7 @@ class Denoiser:
         inputs = {"input_ids": input_ids}
         if self.images is not None and self.images.are_fed(self._lows(len(windows))):
             inputs = {"inputs_embeds": self.images.embed(self.model, input_ids, feed)}
-        kept = torch.arange(first, first + self._width(last + 1 - first), device=canvas.device)
+        kept = self.columns[first : first + self._width(last + 1 - first)]
         logits = self.forward(
             **inputs,
             position_ids=position_ids,
@@ -277,11 +279,10 @@ class Denoiser:
             return {"attention_mask": None}
         mask = self.canvas_mask[:, :longest]
         if uneven:
-            device = mask.device
-            mask = mask * (torch.arange(longest, device=device) < torch.tensor(attended, device=device)[:, None])
+            mask = mask & (self.columns[:longest] < torch.tensor(attended, device=mask.device)[:, None])
         # All queries of a row see the same keys. Transformers would write that out for each of them, queries times
         # keys; the one backend that takes a mask which broadcasts is spared it.
-        return {"attention_mask": mask.bool()[:, None, None] if self.backend == "sdpa" else mask}
+        return {"attention_mask": mask[:, None, None] if self.backend == "sdpa" else mask}
 
     def _segments(self, attended: list[int], longest: int, num_queries: int) -> dict:
         """

@@ -35,6 +35,8 @@ class Row:
     frontiers: list[int]  # first open position now, and as the k-th last forward saw it (0: none)
     written: list[int] = field(default_factory=list)  # positions written at the last step
     closed: list[int] = field(default_factory=list)  # positions that became final at the last step
+    history: list[dict[int, int]] = field(default_factory=list)  # for each step the tokens written, by position
+    probability: dict[int, float] = field(default_factory=dict)  # the model's of the tokens written, if measured
     written_entropy: float = 0.0  # the highest entropy of their distributions, if measured
     block_index: int = -1  # the block being unmasked, -1 before the first step
     block_start: int = 0
@@ -55,6 +57,7 @@ class Row:
     def write(self, drafts: dict[int, int], closed: Iterable[int] | None = None) -> None:
         """Write tokens at open positions, in order, and close the positions `closed`, by default those written."""
         self.written = list(drafts)
+        self.history.append(drafts)
         self.closed = self.written if closed is None else list(closed)
         for position, token in drafts.items():
             self.tokens[position], self.masked[position] = token, False
@@ -99,9 +102,7 @@ class DenoisingState:
         length = self.canvas.shape[1]
         places = [length * index + position for index, row in enumerate(self.rows) for position in row.written]
         tokens = [row.tokens[position] for row in self.rows for position in row.written]
-        index, source = (
-            torch.tensor(numbers, dtype=torch.long).to(self.canvas.device) for numbers in (places, tokens)
-        )
+        index, source = torch.tensor([places, tokens], dtype=torch.long).to(self.canvas.device)
         self.canvas = self.canvas.put(index, source)  # not in place: a streamer or processor may hold the old canvas
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -163,6 +164,7 @@ def denoise(
     processors: ScoreProcessor,
     drafter: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     after_step: Callable[[DenoisingState], list[bool]],
+    keeps_probability: bool = False,
 ) -> None:
     r"""
     Unmask the canvas, step by step, until every row is finished.
@@ -180,6 +182,7 @@ def denoise(
         processors ([`ScoreProcessor`]): Return scores of the same shape.
         drafter (`Callable`): `scores -> (token ids, confidence)`, both `(B, N)`; `-inf` refuses a position.
         after_step (`Callable`): Gets the state after each step and returns for each row whether it is finished.
+        keeps_probability (`bool`): Whether the rows keep the model's probability of what is written.
 
     Raises:
         RuntimeError: If processors refuse every candidate of a row, so that it could never finish, or if its scores
@@ -195,13 +198,20 @@ def denoise(
         frontier = [row.frontier for row in state.rows]
         logits, computed = denoiser(state.canvas, windows, positions, frontier)
         # 3. drafts
-        entropy = -negative_entropy(logits) if method.window_policy.needs_entropy else None
+        measures = {"entropy": -negative_entropy(logits)} if method.window_policy.needs_entropy else {}
+        softmax = logits.softmax(-1) if keeps_probability else None  # a processor may write into the logits
         scores = processors(state.canvas, logits, positions=positions, frontier=frontier, candidate=candidate)
-        drafts = _transfer(*drafter(scores), entropy)
+        token_ids, confidence = drafter(scores)
+        if softmax is not None:
+            measures["probability"] = softmax.gather(-1, token_ids[..., None]).squeeze(-1)
+        drafts = _transfer(token_ids, confidence, *measures.values())
         _check_finite(state.rows, candidate, drafts[1], logits, scores)
         # 4. unmasking
-        for row, num_queries, *numbers in zip(state.rows, computed, positions, candidate, *drafts, strict=True):
-            _unmask(row, method, *numbers)
+        for row, num_queries, scored, may, ids, sure, *values in zip(
+            state.rows, computed, positions, candidate, *drafts, strict=True
+        ):
+            _unmask(row, method, scored, may, ids, sure)
+            _measure(row, scored, dict(zip(measures, values, strict=True)))
             row.block_nfe, row.nfe = row.block_nfe + 1, row.nfe + 1
             row.active_tokens += num_queries
         state.write()
@@ -214,10 +224,9 @@ def denoise(
             processors.batch_select_indices(unfinished)
 
 
-def _transfer(token_ids: torch.Tensor, confidence: torch.Tensor, entropy: torch.Tensor | None) -> list:
-    """Drafts, their confidence and the entropy, if measured, as Python numbers: the only transfer of a step."""
-    numbers = [token_ids, confidence] if entropy is None else [token_ids, confidence, entropy]
-    return torch.stack([values.to(confidence.dtype) for values in numbers]).tolist()  # token ids are exact as floats
+def _transfer(*numbers: torch.Tensor) -> list:
+    """Drafts, their confidence and what else is measured as Python numbers: the only transfer of a step."""
+    return torch.stack(numbers).tolist()  # in the dtype of the confidence: token ids are exact as floats
 
 
 def _check_finite(rows: list[Row], candidate: list[bytearray], confidence: list[list[float]], logits, scores) -> None:
@@ -254,7 +263,6 @@ def _unmask(
     candidate: bytearray,
     token_ids: list[float],
     confidence: list[float],
-    entropy: list[float] | None = None,
 ) -> None:
     """Write the drafts of a row that blocks, schedule and rule choose, and those that replace a token."""
     may_write = [position for position, may in zip(positions, candidate, strict=True) if may]
@@ -279,8 +287,16 @@ def _unmask(
             drafts, row, chosen, [position for position in able if not row.masked[position]]
         )
     row.write({position: drafts.token_id(position) for position in chosen}, closed)
-    if entropy is not None:
-        row.written_entropy = max((entropy[position - positions.start] for position in chosen), default=0.0)
+
+
+def _measure(row: Row, positions: range, measures: dict[str, list[float]]) -> None:
+    """Keep what was measured at the positions that the row has just written."""
+    for name, values in measures.items():
+        written = {position: values[position - positions.start] for position in row.written}
+        if name == "entropy":
+            row.written_entropy = max(written.values(), default=0.0)
+        else:
+            row.probability |= written
 
 
 def _scheduled(schedule: Schedule, row: Row) -> tuple[int, int]:

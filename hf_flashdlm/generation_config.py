@@ -177,6 +177,9 @@ class DiffusionOptions:
             cross block borders.
         stop_at_eos (`bool`, *optional*, defaults to `True`):
             Whether a row ends at its first end token; otherwise it fills its canvas.
+        output_confidence (`bool`, *optional*, defaults to `False`):
+            Whether the output holds the probability that the model gave each token when it was written.
+        output_history (`bool`, *optional*, defaults to `False`): Whether the output holds the canvas after every step.
         mask_token_id (`int`, *optional*): By default `model.config.mask_token_id`.
     """
 
@@ -216,6 +219,8 @@ class DiffusionOptions:
     refresh_steps: int | None = None
     synchronize_blocks: bool | None = None
     stop_at_eos: bool = True
+    output_confidence: bool = False
+    output_history: bool = False
     mask_token_id: int | None = None
 
     def __post_init__(self):
@@ -235,7 +240,7 @@ class DiffusionOptions:
         for name in ("eps", "confidence_threshold", "frechet_delta", "delimiter_threshold", "editing_threshold"):
             self._check_number(name, float, 0, 1)
         switches = ("run_empty_steps", "attend_stale", "grow_canvas", "stop_at_eos", "synchronize_blocks")
-        for name in (*switches, "first_token_alone", "prefix_lm"):
+        for name in (*switches, "first_token_alone", "prefix_lm", "output_confidence", "output_history"):
             value = getattr(self, name)
             if not isinstance(value, bool) and (name != "synchronize_blocks" or value is not None):
                 raise ValueError(f"`{name}` must be True or False, got {value!r}.")

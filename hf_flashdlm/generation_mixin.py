@@ -142,7 +142,10 @@ class FlashDLMGenerationMixin(_Model):
             value = getattr(generation_config, name, None)
             if value is not None and value != neutral:
                 raise ValueError(f"`{name}` has no meaning for a diffusion decode, got {value!r}: drop it.")
-        DiffusionOptions.read(generation_config)
+        options = DiffusionOptions.read(generation_config)
+        for name in ("output_confidence", "output_history"):
+            if getattr(options, name) and not generation_config.return_dict_in_generate:
+                raise ValueError(f"`{name}` needs return_dict_in_generate=True, got a call that returns ids alone.")
         check_numbers(generation_config)
         return generation_config, model_kwargs
 
@@ -218,7 +221,7 @@ class FlashDLMGenerationMixin(_Model):
         max_length = int(generation_config.max_length)
         num_new = max_length - input_ids.shape[1]
         options = _read_options(self, generation_config, num_new, guider)
-        mask_token_id = mask_token_id_of(self, options)
+        mask_token_id = mask_token_id_of(self, options.mask_token_id)
         logits_processor, guidance = _split_guidance(logits_processor)
         layout = lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance, max_length)
         check_prompt(self, layout, mask_token_id, max_length)
@@ -256,13 +259,13 @@ class FlashDLMGenerationMixin(_Model):
             return finished
 
         with _without_autograd(compile_config, self, guider):
-            denoise(state, denoiser, method, processors, drafter, after_step)
+            denoise(state, denoiser, method, processors, drafter, after_step, options.output_confidence)
             if isinstance(denoiser, SynchronizedDenoiser):
                 denoiser.finish(canvas.ids)
         stream.end()
         # 4. The output.
         statistics = {} if guider is None else guider.statistics(time.perf_counter() - started)
-        output = ends.output(input_ids.device, **statistics)
+        output = ends.output(input_ids.device, options.output_confidence, options.output_history, **statistics)
         return output if generation_config.return_dict_in_generate else output.sequences
 
 
@@ -287,6 +290,7 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
     architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3, others).
+    Files of a class that has attention blocks, such as SDAR's, cannot say it: once saved, a model has them again.
     """
     drop_causality(model)
     if attention_block_length(model) is not None:

@@ -36,6 +36,15 @@ class DiffusionGenerationOutput(ModelOutput):
         guider_time_share (`float`, *optional*):
             Share of the decode's wall time spent in the guider; on a GPU only the kernel launches are counted. Only
             with a guider.
+        written_at (`torch.LongTensor` of shape `(batch_size, sequence_length)`):
+            Step at which each token was written, the last one if it was written anew, counted from 0; -1 for what was
+            given and for pad tokens after the end of a row.
+        confidence (`torch.FloatTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Probability of each token in the softmax of the model's logits, before processors and guider, at the
+            forward after which it was written; NaN where `written_at` is -1. Only with `output_confidence=True`.
+        history (`torch.LongTensor` of shape `(num_steps, batch_size, sequence_length)`, *optional*):
+            The canvas after every step, mask tokens included, as far as the longest row reaches in the end. A row that
+            is finished looks as in `sequences`. Only with `output_history=True`.
     """
 
     sequences: torch.Tensor
@@ -48,3 +57,6 @@ class DiffusionGenerationOutput(ModelOutput):
     accepted_lengths: list[list[int]] | None = None
     gate_closed_at: torch.Tensor | None = None
     guider_time_share: float | None = None
+    written_at: torch.Tensor | None = None
+    confidence: torch.Tensor | None = None
+    history: torch.Tensor | None = None

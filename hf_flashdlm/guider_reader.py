@@ -192,7 +192,8 @@ class ARReader:
         if logits.shape[1] > num_positions or min(begins) - 1 - start < 0:
             slots = (positions - 1 - start - first).clamp_min(0).to(logits.device)
             logits = logits[torch.arange(len(slots), device=logits.device)[:, None], slots]
-        self.finite.append((logits.amax(-1).isfinite() | ~judged.to(logits.device)).all().to(device))
+        is_finite = logits.amax(-1).abs() < torch.inf
+        self.finite.append((is_finite >= judged.to(logits.device)).all().to(device))  # each one judged is finite
         return logits.to(canvas.device)
 
     def check(self) -> None:

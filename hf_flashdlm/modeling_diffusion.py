@@ -7,6 +7,7 @@ nothing of architectures, steps, policies, or why a cache is frozen where it is.
 from .block_causal import make_block_causal
 from .configuration_diffusion import DiffusionConfig
 from .diffusion_loss import declare_shift, takes_loss_weights
+from .fused_layers import fuse_layers
 from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 
 
@@ -32,6 +33,7 @@ class DiffusionModelMixin(FlashDLMGenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
+        fuse_layers(self)
         # The next-token loss of Transformers moves the labels by one, which is what `logits_shift` 1 asks for.
         self.loss_type = "ForCausalLM" if config.logits_shift else "ForMaskedLM"
         if config.attention_block_length is None:

@@ -8,6 +8,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2ForCausalLM
 
 from .configuration_dream import DreamConfig
 from .diffusion_loss import declare_shift, takes_loss_weights
+from .fused_layers import fuse_layers
 from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 
 
@@ -37,6 +38,7 @@ class DreamModel(FlashDLMGenerationMixin, Qwen2ForCausalLM):
 
     def __init__(self, config: DreamConfig):
         super().__init__(config)
+        fuse_layers(self)
         # The next-token loss of Transformers moves the labels by one position, as `logits_shift` 1 requires.
         self.loss_type = "ForCausalLM"
         # With no mask to say otherwise, attention backends read causality off the module.

@@ -1,16 +1,16 @@
-"""LaViDa: LLaDA and Dream that see images, under the original checkpoint key names.
+"""LaViDa and LLaDA-V: LLaDA and Dream that see images, under the original checkpoint key names.
 
 Owns how pixels become embeddings, and how a forward of its own puts them in place of image tokens. Knows nothing of
 steps, policies, or of how a decode feeds them.
 """
 
-from math import ceil, sqrt
+from math import sqrt
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import interpolate
-from transformers import Cache, PreTrainedModel, Qwen2Model, initialization
+from transformers import Cache, LlamaForCausalLM, LlamaModel, PreTrainedModel, Qwen2Model, initialization
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.llava_onevision.modeling_llava_onevision import (
     get_anyres_image_grid_shape,
@@ -20,9 +20,11 @@ from transformers.models.llava_onevision.modeling_llava_onevision import (
 from transformers.models.siglip.modeling_siglip import SiglipEncoder, SiglipVisionEmbeddings
 
 from .compiling import CACHE_NAME
-from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig
+from .configuration_lavida import LavidaDreamConfig, LavidaLLaDAConfig, LLaDAVConfig
+from .fused_layers import fuse_layers
 from .generation_mixin import FlashDLMGenerationMixin, make_bidirectional
 from .images import Images
+from .modeling_diffusion import DiffusionModelMixin
 from .modeling_dream import DreamModel
 from .modeling_llada import LLaDAModel, LLaDAModelLM
 
@@ -47,6 +49,8 @@ class LavidaBase(PreTrainedModel):
     def __init__(self, config):
         super().__init__(config)
         vision, width = config.vision_config, config.hidden_size
+        if vision._attn_implementation is None:  # its modules are no model, whose `__init__` would choose
+            vision._attn_implementation = config._attn_implementation
         tower = nn.ModuleDict({"vision_tower": nn.ModuleDict({"vision_model": VisionTransformer(vision)})})
         self.vision_tower: Any = tower
         projector = [nn.Linear(config.mm_hidden_size, width), nn.GELU(), nn.Linear(width, width)]
@@ -128,10 +132,10 @@ class LavidaBase(PreTrainedModel):
         return [(height, width) for width, height in self.config.image_grid_pinpoints]
 
     def _pool(self, states: torch.Tensor) -> torch.Tensor:
-        """Half the tokens in each direction: `(num_tiles, hidden_size, side, side)`."""
-        side = int(sqrt(states.shape[1]))
-        grid = states.view(len(states), side, side, -1).permute(0, 3, 1, 2)
-        return interpolate(grid, (ceil(side / 2), ceil(side / 2)), mode="bilinear")
+        """As many tokens as a tile has: `(num_tiles, hidden_size, side, side)`."""
+        grid = states.unflatten(1, (int(sqrt(states.shape[1])), -1)).permute(0, 3, 1, 2)
+        side = self.config.tile_side
+        return interpolate(grid, (side, side), mode="bilinear") if self.config.pool_tiles else grid
 
     def _pack(self, tiles: torch.Tensor, image_size: list[int]) -> torch.Tensor:
         """The tokens of one image from its tiles `(num_tiles, hidden_size, side, side)`: rows end with a newline."""
@@ -142,6 +146,11 @@ class LavidaBase(PreTrainedModel):
         rows, columns = get_anyres_image_grid_shape(image_size, self._pinpoints, self.config.vision_config.image_size)
         grid = tiles[1:].unflatten(0, (rows, columns)).permute(2, 0, 3, 1, 4).flatten(1, 2).flatten(2, 3)
         grid = unpad_image(grid, image_size)
+        if self.config.max_tiles is not None:
+            height, width = grid.shape[1:]
+            ratio = sqrt(height * width / (self.config.max_tiles * self.config.tile_side**2))
+            if ratio > 1.1:
+                grid = interpolate(grid[None], (int(height // ratio), int(width // ratio)), mode="bilinear")[0]
         grid = torch.cat([grid, newline[:, None, None].expand(-1, grid.shape[1], 1)], dim=-1)
         return torch.cat([whole, grid.flatten(1).T])
 
@@ -158,6 +167,12 @@ class LavidaDreamModel(LavidaBase, Qwen2Model):
     config: LavidaDreamConfig
 
 
+class LLaDAVModel(LavidaBase, LlamaModel):
+    """The Llama of LLaDA-V with its vision part, up to its last hidden states."""
+
+    config: LLaDAVConfig
+
+
 class LavidaMixin(FlashDLMGenerationMixin):
     r"""
     For a subclass of it and of a diffusion model that takes `inputs_embeds`. `forward` also takes `pixel_values`,
@@ -171,6 +186,7 @@ class LavidaMixin(FlashDLMGenerationMixin):
     def __init__(self, config):
         super().__init__(config)
         self.model = self.base_class(config)
+        fuse_layers(self)
         make_bidirectional(self)
         self.post_init()
 
@@ -246,4 +262,14 @@ class LlavaDreamForMaskedDiffusion(LavidaMixin, DreamModel):
     base_class = LavidaDreamModel
 
 
-__all__ = ["LlavaDreamForMaskedDiffusion", "LlavaLladaForMaskedDiffusion"]
+class LlavaLLaDAModelLM(LavidaMixin, DiffusionModelMixin, LlamaForCausalLM):
+    """
+    LLaDA-V, under its original name: LLaDA as a Llama, with more tiles for an image and none pooled. See
+    [LLaDA-V](https://huggingface.co/papers/2505.16933).
+    """
+
+    config: LLaDAVConfig
+    base_class = LLaDAVModel
+
+
+__all__ = ["LlavaDreamForMaskedDiffusion", "LlavaLLaDAModelLM", "LlavaLladaForMaskedDiffusion"]

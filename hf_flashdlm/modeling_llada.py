@@ -15,40 +15,22 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
-from transformers.modeling_rope_utils import dynamic_rope_update
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import (
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-    apply_rotary_pos_emb,
-    eager_attention_forward,
-)
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
-from transformers.utils.deprecation import deprecate_kwarg
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .compiling import CACHE_NAME
+from .compiling import CACHE_NAME, takes_past_key_values
 from .configuration_llada import LLaDAConfig
 from .diffusion_loss import takes_loss_weights
+from .fused_layers import FusedRMSNorm, FusedRotaryEmbedding, attend
 from .generation_mixin import FlashDLMGenerationMixin
 
 
-# A cache is called `cache` here, as from Transformers 5.24 on; with a version that has passed, its own decorator takes
-# the older name without a word.
-takes_past_key_values = deprecate_kwarg("past_key_values", version="5.18.0", new_name="cache")
+class LLaDARotaryEmbedding(FusedRotaryEmbedding):
+    """Angles in float32, as LLaDA rotates: in bfloat16 the angle of a far position would be rounded away."""
 
-
-class LLaDARotaryEmbedding(LlamaRotaryEmbedding):
-    """[`~transformers.models.llama.modeling_llama.LlamaRotaryEmbedding`] that stays in float32, as LLaDA's does."""
-
-    @torch.no_grad()
-    @dynamic_rope_update
-    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        freqs = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        emb = torch.cat((freqs, freqs), dim=-1)  # (B or 1, T, head_dim)
-        return emb.cos() * self.attention_scaling, emb.sin() * self.attention_scaling
+    keeps_float32 = True
 
 
 class LLaDABlock(GradientCheckpointingLayer):
@@ -64,16 +46,17 @@ class LLaDABlock(GradientCheckpointingLayer):
         self.head_dim = config.d_model // config.n_heads
         self.num_key_value_groups = config.n_heads // config.n_kv_heads
         self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
         self.is_causal = False
 
         qkv_bias = config.include_bias or config.include_qkv_bias
         kv_size = config.n_kv_heads * self.head_dim
-        self.attn_norm = LlamaRMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.attn_norm = FusedRMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.q_proj = nn.Linear(config.d_model, config.d_model, bias=qkv_bias)
         self.k_proj = nn.Linear(config.d_model, kv_size, bias=qkv_bias)
         self.v_proj = nn.Linear(config.d_model, kv_size, bias=qkv_bias)
         self.attn_out = nn.Linear(config.d_model, config.d_model, bias=config.include_bias)
-        self.ff_norm = LlamaRMSNorm(config.d_model, eps=config.rms_norm_eps)
+        self.ff_norm = FusedRMSNorm(config.d_model, eps=config.rms_norm_eps)
         self.ff_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=config.include_bias)
         self.up_proj = nn.Linear(config.d_model, config.mlp_hidden_size, bias=config.include_bias)
         self.ff_out = nn.Linear(config.mlp_hidden_size, config.d_model, bias=config.include_bias)
@@ -95,7 +78,7 @@ class LLaDABlock(GradientCheckpointingLayer):
             attention_mask (`torch.Tensor`, *optional*):
                 Mask in the form of the attention backend; `None` lets every position see every other.
             position_embeddings (`tuple[torch.Tensor, torch.Tensor]`):
-                Cosine and sine of shape `(batch_size, sequence_length, head_dim)`, float32.
+                Of [`LLaDARotaryEmbedding`], of shape `(batch_size, sequence_length, head_dim)`, float32.
             cache (`Cache`, *optional*):
                 Takes the keys and values of this call and gives back those to attend to.
 
@@ -104,44 +87,15 @@ class LLaDABlock(GradientCheckpointingLayer):
             and the attention weights of shape `(batch_size, n_heads, sequence_length, key_length)`, `None` where the
             backend does not give them.
         """
-        attention_output, attention_weights = self._attend(
-            self.attn_norm(hidden_states), attention_mask, position_embeddings, cache, **kwargs
+        # Backends read causality off this argument when there is no mask; a caller's value would clash with the mask.
+        kwargs["is_causal"] = self.is_causal
+        attention_output, attention_weights = attend(
+            self, self.attn_norm(hidden_states), position_embeddings, attention_mask, cache, **kwargs
         )
-        hidden_states = hidden_states + self.dropout(attention_output)
+        hidden_states = hidden_states + self.dropout(self.attn_out(attention_output))
         normed = self.ff_norm(hidden_states)
         feed_forward_output = self.ff_out(nn.functional.silu(self.ff_proj(normed)) * self.up_proj(normed))
         return hidden_states + self.dropout(feed_forward_output), attention_weights
-
-    def _attend(self, hidden_states, attention_mask, position_embeddings, cache, **kwargs):
-        input_shape = hidden_states.shape[:-1]
-        head_shape = (*input_shape, -1, self.head_dim)
-        query = self.q_proj(hidden_states).view(head_shape).transpose(1, 2)  # (B, H, T, head_dim)
-        key = self.k_proj(hidden_states).view(head_shape).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(head_shape).transpose(1, 2)
-
-        cos, sin = position_embeddings
-        # LLaDA rotates in float32: in bfloat16 the angle of a far position would be rounded away.
-        rotated_query, rotated_key = apply_rotary_pos_emb(query.float(), key.float(), cos, sin)
-        query, key = rotated_query.to(value.dtype), rotated_key.to(value.dtype)
-
-        if cache is not None:
-            key, value = cache.update(key, value, self.layer_idx)  # (B, H, K, head_dim)
-
-        # Backends read causality off this argument when there is no mask; a caller's value would clash with the mask.
-        kwargs["is_causal"] = self.is_causal
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        attention_output, attention_weights = attention(
-            self,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout=self.config.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            **kwargs,
-        )
-        attention_output = attention_output.reshape(*input_shape, -1).contiguous()  # (B, T, D)
-        return self.attn_out(attention_output), attention_weights
 
 
 class LLaDAPreTrainedModel(PreTrainedModel):
@@ -181,7 +135,7 @@ class LLaDAModel(LLaDAPreTrainedModel):
             {
                 "wte": nn.Embedding(config.embedding_size, config.d_model),
                 "blocks": nn.ModuleList([LLaDABlock(config, layer_idx) for layer_idx in range(config.n_layers)]),
-                "ln_f": LlamaRMSNorm(config.d_model, eps=config.rms_norm_eps),
+                "ln_f": FusedRMSNorm(config.d_model, eps=config.rms_norm_eps),
                 "ff_out": nn.Linear(config.d_model, config.embedding_size, bias=head_bias),
             }
         )

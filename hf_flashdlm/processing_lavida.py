@@ -1,40 +1,10 @@
-"""The processor of LaViDa: chats with pictures become prompts.
+"""The processor of LaViDa as a repository of the Hub holds it: chats with pictures become prompts.
 
-Owns how the original checkpoints, which have no files of a processor, get one: tiles, the image token, and the system
-message of the chat template. Knows nothing of models.
+Owns how pictures are read and which of them belong to which text. Knows nothing of models, or of how a checkpoint
+without files of a processor gets one.
 """
 
-from math import ceil
-
-from transformers import AddedToken, AutoConfig, AutoTokenizer, LlavaOnevisionImageProcessorPil
 from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
-from transformers.utils import PROCESSOR_NAME, cached_file
-
-
-SYSTEM_MESSAGE = (
-    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
-    "provides, and assist the user with a variety of tasks using natural language."
-)
-# Before the template of the tokenizer: contents become text with image tokens, and a system message comes first.
-FLATTEN = """
-{%- set vision = namespace(messages=[], content='') -%}
-{%- if messages and messages[0].role != 'system' -%}
-{%- set vision.messages = [{'role': 'system', 'content': SYSTEM_MESSAGE}] -%}
-{%- endif -%}
-{%- for message in messages -%}
-{%- set vision.content = '' -%}
-{%- if message.content is string -%}
-{%- set vision.content = message.content -%}
-{%- else -%}
-{%- for part in message.content -%}
-{%- set vision.content = vision.content + (IMAGE_TOKEN + '\n' if part.type == 'image' else part.text) -%}
-{%- endfor -%}
-{%- endif -%}
-{%- set vision.messages = vision.messages + [{'role': message.role, 'content': vision.content}] -%}
-{%- endfor -%}
-{%- set messages = vision.messages -%}
-"""
-CACHED = ("cache_dir", "force_download", "proxies", "token", "revision", "local_files_only", "subfolder")
 
 
 class LavidaProcessor(LlavaOnevisionProcessor):
@@ -48,6 +18,8 @@ class LavidaProcessor(LlavaOnevisionProcessor):
         num_image_tokens (`int`, *optional*, defaults to 196): Number of tokens of a tile.
         chat_template (`str`, *optional*): Renders chats whose contents are texts and images.
         image_token (`str`, *optional*, defaults to `"<image>"`): Stands for an image in a text.
+        vision_aspect_ratio (`str`, *optional*, defaults to `"anyres_max_9"`):
+            How many tiles have as many tokens as a larger grid is scaled down to.
     """
 
     def __init__(  # noqa: PLR0913, the arguments of Transformers
@@ -58,6 +30,7 @@ class LavidaProcessor(LlavaOnevisionProcessor):
         vision_feature_select_strategy: str = "full",
         chat_template: str | None = None,
         image_token: str = "<image>",
+        vision_aspect_ratio: str = "anyres_max_9",
         **kwargs,
     ):
         super().__init__(
@@ -67,6 +40,7 @@ class LavidaProcessor(LlavaOnevisionProcessor):
             vision_feature_select_strategy=vision_feature_select_strategy,
             chat_template=chat_template,
             image_token=image_token,
+            vision_aspect_ratio=vision_aspect_ratio,
             **kwargs,
         )
 
@@ -75,83 +49,46 @@ class LavidaProcessor(LlavaOnevisionProcessor):
         See [`~transformers.ProcessorMixin`]. Images in one list go to the texts in order, as many as each asks for.
 
         Raises:
-            ValueError: If an image cannot be read.
+            ValueError: If an image cannot be read, or if a text does not ask for as many images as it has.
         """
+        if images is not None:
+            images = self._read(images)
+        if text is not None:
+            images = self._by_text([] if images is None else images, [text] if isinstance(text, str) else text)
+        return super().__call__(images=images, text=text, **kwargs)
+
+    def _read(self, images):
+        """The pictures, read to their last byte: which error a broken file raises depends on how it is broken."""
         try:
-            return super().__call__(images=self._by_text(images, text), text=text, **kwargs)
+            images = self.image_processor.fetch_images(images)
+            for image in flat(images):
+                if hasattr(image, "load"):
+                    image.load()
         except Exception as error:
-            from PIL import Image  # which is needed for images alone
-
-            if not isinstance(error, OSError | Image.DecompressionBombError):
-                raise
             raise ValueError(f"`images` must be pictures that can be read, got one that cannot: {error}") from error
+        return images
 
-    def _by_text(self, images, text):
-        """Images as a list for each text, if they are one list that holds as many as the texts ask for."""
-        if (
-            text is None
-            or not isinstance(images, list | tuple)
-            or any(isinstance(one, list | tuple) for one in images)
-        ):
-            return images
-        counts = [one.count(self.image_token) for one in ([text] if isinstance(text, str) else text)]
-        left = iter(images)
-        return [[next(left) for _ in range(count)] for count in counts] if sum(counts) == len(images) else images
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs):  # type: ignore[override]  # handed on
-        """[`~transformers.ProcessorMixin.from_pretrained`], which makes a processor where there is none."""
-        known = {name: value for name, value in kwargs.items() if name in CACHED}
-        missing = {"_raise_exceptions_for_missing_entries": False}
-        if cached_file(pretrained_model_name_or_path, PROCESSOR_NAME, **known, **missing) is not None:
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
-        config = AutoConfig.from_pretrained(pretrained_model_name_or_path, **known)
-        return cls.of(config, AutoTokenizer.from_pretrained(pretrained_model_name_or_path, **known))
-
-    @classmethod
-    def of(cls, config, tokenizer) -> "LavidaProcessor":
-        r"""
-        The processor of a checkpoint.
-
-        Args:
-            config ([`LavidaConfig`]): Its configuration.
-            tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, which learns the image token.
-
-        Raises:
-            ValueError: If `config.image_token_id` cannot be the image token of the tokenizer.
-        """
-        size = config.vision_config.image_size
-        image_processor = LlavaOnevisionImageProcessorPil(
-            size={"height": size, "width": size},
-            image_mean=[0.5, 0.5, 0.5],
-            image_std=[0.5, 0.5, 0.5],
-            image_grid_pinpoints=[[height, width] for width, height in config.image_grid_pinpoints],
-        )
-        image_token = _image_token(config.image_token_id, tokenizer)
-        tokenizer.padding_side = "left"
-        template = tokenizer.chat_template
-        if template is not None:
-            texts = {"SYSTEM_MESSAGE": SYSTEM_MESSAGE, "IMAGE_TOKEN": image_token}
-            template = "".join(f"{{%- set {name} = {text!r} -%}}" for name, text in texts.items()) + FLATTEN + template
-        side = ceil(size // config.vision_config.patch_size / 2)
-        return cls(image_processor, tokenizer, side**2, chat_template=template, image_token=image_token)
+    def _by_text(self, images, texts: list[str]):
+        """A list of images for each text, or None if there are none."""
+        asked = [text.count(self.image_token) for text in texts]
+        images = list(images) if isinstance(images, list | tuple) else [images]
+        if not any(isinstance(one, list | tuple) for one in images):
+            left, given = iter(images), [len(images)]
+            if len(images) == sum(asked):
+                images, given = [[next(left) for _ in range(count)] for count in asked], asked
+        else:
+            given = [len(flat(of_text)) for of_text in images]
+        if given != asked:
+            raise ValueError(
+                f"`text` must hold `{self.image_token}` once for each of its images, got {asked} in the texts and "
+                f"{given} images."
+            )
+        return images if any(asked) else None
 
 
-def _image_token(token_id: int | None, tokenizer) -> str:
-    """The token that stands for an image: the one with that id, or a new one."""
-    token = "<image>"
-    known = None if token_id is None or token_id >= len(tokenizer) else tokenizer.convert_ids_to_tokens(token_id)
-    if token not in tokenizer.get_vocab():
-        if known is not None:
-            return known
-        tokenizer.add_tokens([AddedToken(token, normalized=False, special=True)], special_tokens=True)
-    got = tokenizer.convert_tokens_to_ids(token)
-    if token_id not in (None, got):
-        raise ValueError(
-            f"`image_token_id` must be the id of `{token}` in the tokenizer, {got}, got {token_id}: set it in the "
-            "configuration of the model."
-        )
-    return token
+def flat(images) -> list:
+    """The images in lists of lists."""
+    return sum(map(flat, images), []) if isinstance(images, list | tuple) else [images]
 
 
 __all__ = ["LavidaProcessor"]

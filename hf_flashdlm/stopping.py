@@ -3,6 +3,8 @@
 Owns the rule that ends a row, and the counts and tokens that it leaves with. Knows nothing of how tokens are chosen.
 """
 
+from math import nan
+
 import torch
 
 from .generation_output import DiffusionGenerationOutput
@@ -34,6 +36,7 @@ class RowEnds:
         self.stopping_criteria = stopping_criteria
         self.mask_token_id = state.rows[0].tokens[state.rows[0].frontier]
         self.rows = list(state.rows)  # of the caller's batch, whose tokens stay as the rows ended
+        self.given = [list(row.tokens) for row in state.rows]  # the canvas before the first step
         self.generated = [bytes(row.masked) for row in state.rows]  # for each position whether it was to be filled
         self.clean = [row.frontier for row in state.rows]  # prefix that was clean at the last step
         self.ends = [len(row.masked) + 1 for row in state.rows]  # after the first end token written
@@ -111,19 +114,50 @@ class RowEnds:
             )
         return answers.flatten().tolist()
 
-    def output(self, device, **guider_statistics) -> DiffusionGenerationOutput:
+    def output(
+        self, device, has_confidence=False, has_history=False, **guider_statistics
+    ) -> DiffusionGenerationOutput:
         """The output of the call, on `device`, without the first `skip` columns, cut after its longest row."""
         longest = max(self.clean)
-        sequences = [
-            row.tokens[self.skip : end] + [self.pad_token_id] * (longest - end)
-            for row, end in zip(self.rows, self.clean, strict=True)
+
+        def padded(values: list[list], filler) -> torch.Tensor:
+            """For each row what it has up to its end, then `filler`."""
+            rows = zip(values, self.clean, strict=True)
+            return torch.tensor(
+                [row[self.skip : end] + [filler] * (longest - end) for row, end in rows], device=device
+            )
+
+        sequences = padded([row.tokens for row in self.rows], self.pad_token_id)
+        columns = range(longest)
+        written_at = [
+            {position: step for step, written in enumerate(row.history) for position in written} for row in self.rows
         ]
+        confidence = history = None
+        if has_confidence:
+            confidence = padded([[row.probability.get(column, nan) for column in columns] for row in self.rows], nan)
+        if has_history:
+            history = self._history(sequences)
         lengths = [sum(one[:end]) for one, end in zip(self.generated, self.clean, strict=True)]
         nfe = torch.tensor([row.nfe for row in self.rows])
         return DiffusionGenerationOutput(
-            sequences=torch.tensor(sequences, device=device),
+            sequences=sequences,
             nfe=nfe,
             tokens_per_forward=torch.tensor(lengths) / nfe,
             active_tokens=torch.tensor([row.active_tokens for row in self.rows]),
+            written_at=padded([[steps.get(column, -1) for column in columns] for steps in written_at], -1),
+            confidence=confidence,
+            history=history,
             **guider_statistics,
         )
+
+    def _history(self, sequences: torch.Tensor) -> torch.Tensor:
+        """The canvas after every step, `(num_steps, B, L)`, where a finished row looks as in `sequences`."""
+        num_steps = max(len(row.history) for row in self.rows)
+        history = sequences.repeat(num_steps, 1, 1)
+        for index, (row, given) in enumerate(zip(self.rows, self.given, strict=True)):
+            for step, written in enumerate(row.history[:-1]):
+                for position, token in written.items():
+                    given[position] = token
+                canvas = given[self.skip :][: sequences.shape[1]]
+                history[step, index] = torch.tensor(canvas, device=sequences.device)
+        return history

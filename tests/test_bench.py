@@ -34,7 +34,7 @@ ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards
 drafts_judged drafts_accepted guider_time_share outside_forwards_share accuracy accuracy_interval seconds
 seconds_of_runs speed_over_full_canvas speed_over_eos_stop tokens_per_second peak_memory_bytes floor_seconds
 seconds_over_floor compiled warm_up_seconds milliseconds_per_step kept_bytes like speed_over_like
-equal_share""".split()
+equal_share operations_per_forward operations_per_step""".split()
 RECORD_KEYS = "schema command seed commit machine versions options ceilings models rows".split()
 SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --device cpu".split()
 METHODS = ["--methods", "plain,plain-eos,freecache+window,guided,ar"]

@@ -17,9 +17,9 @@ from hf_flashdlm.tiny import FOLDER as TINY
 ROOT = Path(__file__).parents[1]
 QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does Adam have now?"
 SHORT = ["generate", "--model", str(TINY / "dlm"), "--device", "cpu", "--max-new-tokens", "8", "--block-length", "8"]
-GENERATE_OPTIONS = """--model --guider --prompt --max-new-tokens --block-length --steps --confidence-threshold
---window-policy --temperature --seed --dtype --device --chat --no-chat --stream --stats --input --output --batch-size
---bad-lines""".split()
+GENERATE_OPTIONS = """--model --guider --prompt --image --max-new-tokens --block-length --steps
+--confidence-threshold --window-policy --temperature --seed --dtype --device --chat --no-chat --stream --stats --input
+--output --batch-size --bad-lines""".split()
 CHAT_OPTIONS = """--model --guider --max-new-tokens --block-length --temperature --seed --dtype --device
 --system""".split()
 DEMO_OPTIONS = "--problems --batch-size --repeats --show --seed --json".split()

@@ -15,6 +15,7 @@ from hf_flashdlm.compiling import CompiledForward
 
 EAGER = CompileConfig(backend="eager", mode=None)
 PROMPTS = [[5, 70, 200, 41, 333, 62, 90, 8], [77, 130, 402, 256], [300, 21, 450]]
+NAMES = ["llada", "dream"]
 SETTINGS = [
     {"window_policy": "none", "steps": 24},
     {"window_policy": "none", "grow_canvas": True},
@@ -26,6 +27,18 @@ SETTINGS = [
     {"right_window": 10, "attend_stale": True, "refresh_blocks": 2},
     {"grow_canvas": True},
     {"guidance_scale": 1.5},
+]
+
+
+# To compile takes seconds: each setting in turn with a model of one name in every run, the rest in `make test-slow`.
+OFTEN = (0, 2, 3, 4, 5, 7, 9)
+MODELS = [
+    pytest.param(name, setting, marks=[] if index in OFTEN and index % 2 != other else [pytest.mark.slow])
+    for index, setting in enumerate(SETTINGS)
+    for other, name in enumerate(NAMES)
+]
+CAPTURED = [
+    pytest.param(one, marks=[] if index in (0, 4, 5) else [pytest.mark.slow]) for index, one in enumerate(SETTINGS[:7])
 ]
 
 
@@ -42,15 +55,25 @@ def num_graphs():
     return counters["stats"]["unique_graphs"]
 
 
-@pytest.mark.parametrize("name", ["llada", "dream"])
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize(("name", "setting"), MODELS, ids=str)
 def test_tokens_and_counts_are_those_of_eager_forwards(tiny, decode, name, setting):
     options = {"max_new_tokens": 24, "block_length": 8} | setting
-    eager = decode(tiny(name), PROMPTS, **options)
-    compiled = decode(tiny(name), PROMPTS, **options, compile_config=EAGER)
+    eager = decode(tiny(name), PROMPTS[1:], **options)
+    compiled = decode(tiny(name), PROMPTS[1:], **options, compile_config=EAGER)
     assert num_graphs() > 0
     for field in ("sequences", "nfe", "active_tokens"):
         assert compiled[field].equal(eager[field])
+
+
+def test_block_causal_forwards_are_compiled_once(load, decode):
+    options = {"max_new_tokens": 16, "mask_token_id": 311, "eos_token_id": 1, "confidence_threshold": 0.02}
+    model = load("families/block_ar/model_sdar")
+    eager = decode(model, [[5, 70, 200]], **options)
+    compiled = decode(model, [[5, 70, 200]], **options, compile_config=EAGER)
+    warm = num_graphs()
+    decode(model, [[9, 8, 7, 6]], **options, compile_config=EAGER)
+    assert 0 < warm == num_graphs()
+    assert compiled.sequences.equal(eager.sequences) and compiled.nfe.equal(eager.nfe)
 
 
 def test_compiled_forwards_run_in_the_mode_of_transformers(tiny, monkeypatch):
@@ -64,7 +87,7 @@ def test_compiled_forwards_run_in_the_mode_of_transformers(tiny, monkeypatch):
 
 
 def test_a_guider_is_compiled_too(tiny, decode):
-    options = {"max_new_tokens": 24, "block_length": 8}
+    options = {"max_new_tokens": 8, "block_length": 8}
     forwards = []
 
     class Kept(ARGuider):
@@ -73,15 +96,17 @@ def test_a_guider_is_compiled_too(tiny, decode):
             forwards.append(self.reader.forward)
 
     guide = Kept(tiny("guider"), accept="topk", top_k=5)
-    eager = decode(tiny("dream_trained"), PROMPTS, guider=guide, **options)
+    eager = decode(tiny("dream_trained"), PROMPTS[2:], guider=guide, **options)
     counters.clear()
-    compiled = decode(tiny("dream_trained"), PROMPTS, guider=guide, **options, compile_config=EAGER)
+    compiled = decode(tiny("dream_trained"), PROMPTS[2:], guider=guide, **options, compile_config=EAGER)
     assert forwards[1].compile_config.dynamic and tiny("guider")._last_compile_config.dynamic
     assert num_graphs() > 1
     assert compiled.sequences.equal(eager.sequences) and compiled.accepted_lengths == eager.accepted_lengths
 
 
-@pytest.mark.parametrize("setting", [SETTINGS[0], SETTINGS[3], SETTINGS[5], SETTINGS[6]], ids=str)
+@pytest.mark.parametrize(
+    "setting", [SETTINGS[0], SETTINGS[5], pytest.param(SETTINGS[6], marks=pytest.mark.slow)], ids=str
+)
 def test_nothing_is_compiled_again_after_the_first_call(tiny, setting):
     model = tiny("dream_trained")
     first, *others = torch.randint(3, 400, (5, 1, 12), generator=torch.Generator().manual_seed(0))
@@ -108,7 +133,7 @@ importing = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:Depreca
 
 
 @importing
-@pytest.mark.parametrize("setting", SETTINGS[:7], ids=str)
+@pytest.mark.parametrize("setting", CAPTURED, ids=str)
 def test_a_captured_graph_would_serve_all_steps(tiny, decode, setting):
     graphs = []
 
@@ -117,9 +142,9 @@ def test_a_captured_graph_would_serve_all_steps(tiny, decode, setting):
         return graph.forward
 
     options = {"max_new_tokens": 48, "block_length": 8} | setting
-    eager = decode(tiny("llada"), PROMPTS, **options)
+    eager = decode(tiny("llada"), PROMPTS[1:], **options)
     config = CompileConfig(backend=keep, mode="reduce-overhead")
-    compiled = decode(tiny("llada"), PROMPTS, **options, compile_config=config)
+    compiled = decode(tiny("llada"), PROMPTS[1:], **options, compile_config=config)
     assert compiled.sequences.equal(eager.sequences)
     assert graphs
     for inputs in graphs:
@@ -158,15 +183,15 @@ def test_a_model_that_cannot_be_compiled_runs_eagerly_and_says_so(tiny, decode, 
     said = []
     monkeypatch.setattr("hf_flashdlm.compiling.logger.warning", said.append)
     config = CompileConfig(backend=fail, mode=None)
-    options = {"max_new_tokens": 16, "block_length": 8, "steps": 16}
-    compiled = decode(tiny("dream"), PROMPTS, **options, compile_config=config)
+    options = {"max_new_tokens": 8, "block_length": 8, "steps": 8}
+    compiled = decode(tiny("dream"), PROMPTS[:1], **options, compile_config=config)
     assert len(said) == 1
     assert said[0].startswith("`compile_config` has no effect: the forward of DreamModel could not be compiled and")
-    assert compiled.sequences.equal(decode(tiny("dream"), PROMPTS, **options).sequences)
+    assert compiled.sequences.equal(decode(tiny("dream"), PROMPTS[:1], **options).sequences)
     # No later call tries again with these settings, but with others it does.
-    decode(tiny("dream"), PROMPTS, **options, compile_config=config)
+    decode(tiny("dream"), PROMPTS[:1], **options, compile_config=config)
     assert len(said) == 1
-    decode(tiny("dream"), PROMPTS, **options, compile_config=EAGER)
+    decode(tiny("dream"), PROMPTS[:1], **options, compile_config=EAGER)
     assert len(said) == 1 and num_graphs() > 0
 
 

@@ -101,6 +101,12 @@ REFUSALS = {
     "processor-watermark": processor(
         "WatermarkLogitsProcessor", watermarking_config=dict(greenlist_ratio=0.25, bias=2.0)
     ),
+    **{
+        f"ids-alone-{name}": Refusal(
+            f"`{name}` needs return_dict_in_generate=True, got a call that returns ids alone.", {name: True}
+        )
+        for name in ("output_confidence", "output_history")
+    },
     # The cache.
     "cache-of-transformers": Refusal(
         f"`{CACHE_NAME}` must be a fresh `FreeCache`, got a DynamicCache of 0 tokens: drop it, or `reset` it.",
@@ -151,8 +157,8 @@ REFUSALS = {
     # The mask token.
     **{
         f"mask-token-{value}": Refusal(
-            f"`mask_token_id` must be an id of the model's vocabulary of 512, got {value}: set it in `model.config` "
-            "or pass it to `generate`.",
+            f"`mask_token_id` must be an id of the model's vocabulary of 512, got {value}: pass that of the "
+            "tokenizer's mask token, or set it in `model.config`.",
             dict(mask_token_id=value),
         )
         for value in (512, 126336)

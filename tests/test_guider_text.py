@@ -87,6 +87,7 @@ def test_reading_text_equals_reading_ids_where_the_tokenizers_are_one(pair, canv
     assert checked(output, text_guider).accepted_lengths == checked(expected, text_guider).accepted_lengths
 
 
+@pytest.mark.slow
 def test_reading_text_is_compiled_where_that_is_asked_for(pair, canvas_tokenizer, text_guider):
     inputs = canvas_tokenizer(PROMPTS[1], return_tensors="pt")
     options = dict(max_new_tokens=8, guider=text_guider, return_dict_in_generate=True)

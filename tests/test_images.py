@@ -270,6 +270,24 @@ def test_it_saves_under_the_original_names(kind, tmp_path, left_padded, no_grad)
 
 
 @every_kind
+@pytest.mark.parametrize(
+    ("asked", "used"),
+    [
+        (None, ("sdpa", "sdpa")),
+        ("eager", ("eager", "eager")),
+        ({"": "sdpa", "vision_config": "eager"}, ("sdpa", "eager")),
+    ],
+)
+def test_the_vision_part_has_the_attention_of_the_model(kind, asked, used):
+    path = GOLDENS / f"model_{kind}"
+    model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation=asked)
+    vision = model.model.vision_tower.vision_tower.vision_model.encoder.layers[0].self_attn.config
+    assert (model.config._attn_implementation, vision._attn_implementation) == used
+    model.set_attn_implementation("eager")
+    assert vision._attn_implementation == "eager"
+
+
+@every_kind
 def test_it_trains(kind, left_padded):
     model, given = copy.deepcopy(small(kind)).train(), inputs(kind, left_padded, 1)
     labels = torch.full_like(given["input_ids"], -100)

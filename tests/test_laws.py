@@ -1,18 +1,21 @@
 """The laws of every decode, over models, options, batches and guiders that are drawn at random.
 
-`make test` tries a moderate number of calls, `make test-laws` ten thousand. The models compute in float64: rounding
+`make test` tries a moderate number of calls, `make test-laws` more than ten thousand, those of models with
+block-causal attention (`test_block_causal_decoding.py`) among them. The models compute in float64: rounding
 depends on the size of a batch, and in float32 it would now and then decide between two tokens.
 """
 
 import copy
 from dataclasses import dataclass, field, replace
 
+import lavida
 import pytest
 import torch
 from cases import ENDS, MASK
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from hf_flashdlm import ARGuider
 
@@ -25,7 +28,10 @@ WAITING = ("prefix", "dual", "dkv")  # rows of a batch wait for each other
 
 @dataclass(frozen=True)
 class Call:
-    """What `generate` is asked for: `guider` holds the settings of a guider, if there is one."""
+    """
+    What `generate` is asked for: `guider` holds the settings of a guider, if there is one, `images` the length and the
+    seed of the embeddings of each row's images.
+    """
 
     model: str
     prompts: list[list[int]]
@@ -33,6 +39,7 @@ class Call:
     guider: dict | None = None
     seed: int = 0
     negative: list[list[int]] | None = None
+    images: list[list[tuple[int, int]]] = field(default_factory=list)
 
     @property
     def is_drawn(self):
@@ -51,7 +58,7 @@ class Call:
         negative = self.negative
         if negative is not None and len(negative) > 1:
             negative = [negative[row]]
-        return replace(self, prompts=[self.prompts[row]], negative=negative)
+        return replace(self, prompts=[self.prompts[row]], negative=negative, images=self.images[row : row + 1])
 
 
 # --- calls -----------------------------------------------------------------------------------------------------------
@@ -182,6 +189,27 @@ def calls(draw):
     return Call(draw(st.sampled_from(MODELS)), prompts, options, guider, draw(st.integers(0, 2**31)), negative)
 
 
+@st.composite
+def calls_with_images(draw):
+    """The same for a model that sees images: no, one or several in each prompt, at any place."""
+    call = draw(calls())
+    prompts, images, options = [], [], dict(call.options)
+    if draw(st.integers(0, 2)) == 0:
+        options |= {"prefix_lm": True}
+    for text in call.prompts:
+        of_row, pieces = [], []
+        for token in [None, *text]:
+            if token is not None:
+                pieces.append(99 if token == MASK and "prefix_lm" in options else token)
+            if len(of_row) < 2 and draw(st.integers(0, 3)) == 0:
+                of_row.append((draw(st.integers(1, 5)), draw(st.integers(0, 9))))
+                pieces += of_row[-1][0] * [lavida.IMAGE]
+        prompts.append(pieces)
+        images.append(of_row)
+    model = draw(st.sampled_from([f"lavida_{kind}" for kind in lavida.KINDS]))
+    return replace(call, model=model, prompts=prompts, images=images, options=options, guider=None)
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +220,8 @@ def exact(tiny):
 
     def exact(name):
         if name not in models:
-            models[name] = copy.deepcopy(tiny(name)).double()
+            kind = name.removeprefix("lavida_")
+            models[name] = copy.deepcopy(tiny(name) if kind == name else lavida.load(kind)).double()
         return models[name]
 
     return exact
@@ -218,6 +247,24 @@ def padded(rows):
     return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
 
 
+def embedded(images, model):
+    """The embeddings of all images as the keyword that Transformers hands on, if there are any."""
+    width, scale = model.config.hidden_size, model.get_input_embeddings().weight.std()
+    embeddings = [
+        scale * torch.randn(length, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        for length, seed in sum(images, [])
+    ]
+    return (
+        {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=embeddings)}} if embeddings else {}
+    )
+
+
+def num_fed(inputs):
+    """Positions of a forward."""
+    embeds = inputs.get("inputs_embeds")
+    return inputs["input_ids"].numel() if embeds is None else embeds.shape[:2].numel()
+
+
 @pytest.fixture(scope="session")
 def answer(exact):
     """`answer(call)` is what `generate` returns, and the number of positions in each forward."""
@@ -231,11 +278,9 @@ def answer(exact):
             options["negative_prompt_ids"], options["negative_prompt_attention_mask"] = padded(call.negative)
         input_ids, options["attention_mask"] = padded(call.prompts)
         torch.manual_seed(call.seed)
-        hook = model.register_forward_pre_hook(
-            lambda _, args, inputs: sizes.append(inputs["input_ids"].numel()), with_kwargs=True
-        )
+        hook = model.register_forward_pre_hook(lambda _, args, inputs: sizes.append(num_fed(inputs)), with_kwargs=True)
         try:
-            output = model.generate(input_ids, **options | more)
+            output = model.generate(input_ids, **options | more, **embedded(call.images, model))
         finally:
             hook.remove()
         return output, sizes
@@ -288,7 +333,7 @@ def check_rules(call, texts):
 def check_counts(call, output, texts, sizes):
     """Counts that add up: forwards, and tokens written by them."""
     nfe, options = output.nfe.tolist(), call.options
-    assert len(sizes) == max(nfe)
+    assert len(sizes) == max(nfe) + bool(options.get("prefix_lm"))
     for row, (prompt, text) in enumerate(zip(call.prompts, texts, strict=True)):
         written = len(text) - len(prompt) + prompt.count(MASK)
         assert float(output.tokens_per_forward[row]) * nfe[row] == pytest.approx(written)
@@ -329,11 +374,22 @@ def check_alone(call, row, text, nfe, answer):
 
 
 half = settings(max_examples=settings.default.max_examples // 2)  # of the profile; a call that decodes takes longest
+quarter = settings(max_examples=settings.default.max_examples // 4)
 
 
 @half
 @given(calls())
 def test_a_valid_call_obeys_the_laws(answer, call):
+    check_laws(answer, call)
+
+
+@quarter
+@given(calls_with_images())
+def test_a_call_with_images_obeys_the_laws(answer, call):
+    check_laws(answer, call)
+
+
+def check_laws(answer, call):
     output, sizes = answer(call)
     texts = check_text(call, output)
     check_rules(call, texts)
@@ -364,6 +420,17 @@ POLICY_OPTIONS = {
 @half
 @given(calls(), st.sampled_from(REFRESHED))
 def test_a_cache_that_is_refreshed_at_every_step_changes_nothing(answer, call, policies):
+    check_refreshed(answer, call, policies)
+
+
+@quarter
+@given(calls_with_images(), st.sampled_from(REFRESHED))
+def test_images_in_a_cache_that_is_refreshed_at_every_step_change_nothing(answer, call, policies):
+    options = {name: value for name, value in call.options.items() if name != "prefix_lm"}
+    check_refreshed(answer, replace(call, options=options), policies)
+
+
+def check_refreshed(answer, call, policies):
     # How much randomness a step takes depends on the number of positions that it scores.
     left_out = POLICY_OPTIONS | {"do_sample", "temperature", "top_k", "top_p", "position_temperature"}
     plain = {name: value for name, value in call.options.items() if name not in left_out and value != "random"}

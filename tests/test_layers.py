@@ -15,7 +15,7 @@ import hf_flashdlm
 PACKAGE = Path(hf_flashdlm.__file__).parent
 # By path in the package: "cache", "bench/demo", "hub/__init__".
 MODULES = {path.relative_to(PACKAGE).with_suffix("").as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
-ENTRIES = ("generate", *(name for name in MODULES if name.startswith("modeling_")))
+ENTRIES = ("generate", "processing_lavida", *(name for name in MODULES if name.startswith("modeling_")))
 
 # A file beside `__init__.py` ships to the Hub, but for these, which only the installed package needs.
 PACKAGE_ONLY = {
@@ -23,7 +23,7 @@ PACKAGE_ONLY = {
     "__main__",
     "data_collator",
     "log_likelihood",
-    "processing_lavida",
+    "processing_original",
     "prompting",
     "tokenization_dream",
     "unsupported",
@@ -35,15 +35,16 @@ LAYERS = (
     "cache canvas_processors compiling configuration_dream diffusion_loss generation_output guider_gate images "
     "methods processing_lavida schedule streaming synchronizing tokenization_dream unmasking unsupported version "
     "windows",
-    "blocks configuration_diffusion data_collator generation_config guider_reader stopping",
+    "blocks configuration_diffusion data_collator fused_layers generation_config guider_reader processing_original "
+    "stopping",
     "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
     "configuration_open_dcoder configuration_sdar",
     "configuration_llada denoiser denoising_loop generation_inputs guider_text",
-    "configuration_lavida guider log_likelihood parts",
+    "configuration_lavida configuration_mmada guider log_likelihood parts",
     "generation_mixin",
     "generate modeling_diffusion modeling_dream modeling_llada",
-    "modeling_a2d modeling_fast_dllm_v2 modeling_lavida modeling_llada2 modeling_llada_moe modeling_open_dcoder "
-    "modeling_sdar",
+    "modeling_a2d modeling_fast_dllm_v2 modeling_lavida modeling_llada2 modeling_llada_moe modeling_mmada "
+    "modeling_open_dcoder modeling_sdar",
     "__init__ prompting",
 )
 LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.split()}
@@ -67,7 +68,7 @@ FACADES = {"cli": ["main"], "hub": ["export_code", "export_guider", "export_mode
 
 
 def exported():
-    """The files that Transformers finds when it follows the relative imports of the three entries."""
+    """The files that Transformers finds when it follows the relative imports of the entries."""
     files = {str(MODULES[name]) for name in ENTRIES}
     for name in ENTRIES:
         files.update(get_relative_import_files(MODULES[name]))

@@ -62,7 +62,11 @@ def test_the_limits_of_a_share_are_said(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["run_empty_steps", "attend_stale", "grow_canvas", "synchronize_blocks", "stop_at_eos"]
+    "name",
+    [
+        *("run_empty_steps", "attend_stale", "grow_canvas", "synchronize_blocks", "stop_at_eos"),
+        *("output_confidence", "output_history"),
+    ],
 )
 @pytest.mark.parametrize("value", ["no", 2])
 def test_a_switch_is_true_or_false(name, value):
@@ -227,7 +231,7 @@ OTHER_THAN_DEFAULT = [
     {"window_policy": "dkv", "refresh_steps": 4, "factor": 1.5, "stop_at_eos": False, "mask_token_id": 7},
     {"freeze_length": 2, "freeze_lag": 0, "grow_canvas": True, "refresh_blocks": 2, "refresh_entropy": 1.0},
     {"entropy_bound": 0.5, "position_temperature": 0.5, "synchronize_blocks": True, "window_policy": "none"},
-    {"frechet_delta": 0.5},
+    {"frechet_delta": 0.5, "output_confidence": True, "output_history": True},
     {"method": "fast-dllm-dual"},
     {"steps_per_block": 4, "editing_threshold": 0.5, "max_post_steps": 3, "first_token_alone": True},
     {"blocks": "adaptive", "delimiter_token_ids": [3], "delimiter_threshold": 0.5, "delimiter_window": 8},

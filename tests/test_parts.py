@@ -323,7 +323,7 @@ adaptive = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.sampled_from(["llada", "dream_trained"]), adaptive)
 def test_adaptive_blocks_of_a_batch_are_those_of_its_rows(tiny, decode, model, options):
     together = decode(tiny(model), PROMPTS, **FILLED | options)

@@ -2,59 +2,32 @@
 
 import json
 import re
-import shutil
-import struct
-import zlib
 
 import lavida
 import numpy as np
 import pytest
 import torch
-from cases import CHARACTERS
-from lavida import GOLDENS, IMAGE, KINDS
+from lavida import GOLDENS, IMAGE, KINDS, bomb, chat, new_tokenizer, prepared
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
     AutoProcessor,
-    PreTrainedTokenizerFast,
     TextStreamer,
     pipeline,
 )
 
 from hf_flashdlm import LavidaProcessor
-from hf_flashdlm.processing_lavida import SYSTEM_MESSAGE
-
-
-LETTERS = sorted(set(SYSTEM_MESSAGE) | set("<|>_:\n"))
-TEMPLATE = (
-    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-
-
-def new_tokenizer(size=IMAGE):
-    """A tokenizer of letters with `size` ids."""
-    letters = (LETTERS + [one for one in CHARACTERS if one not in LETTERS])[:size]
-    backend = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, letters[-1]))
-    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=letters[-2], chat_template=TEMPLATE)
+from hf_flashdlm.hub.loading import load_processor
+from hf_flashdlm.processing_original import SYSTEM_MESSAGE
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    """`checkpoint(kind, **changes)`: a folder like the original ones, with a tokenizer and no files of a processor."""
+    """`checkpoint(kind, tokenizer, **changes)`: the folder of [`lavida.write_checkpoint`]."""
 
     def checkpoint(kind="llada", tokenizer=None, **changes):
-        folder = tmp_path_factory.mktemp(kind)
-        for file in (GOLDENS / f"model_{kind}").iterdir():
-            shutil.copy(file, folder)
-        config = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | changes))
-        (tokenizer or new_tokenizer()).save_pretrained(folder)
-        return folder
+        return lavida.write_checkpoint(tmp_path_factory.mktemp(kind), kind, tokenizer, **changes)
 
     return checkpoint
 
@@ -69,24 +42,6 @@ def as_bytes(pixels):
     scaled = (pixels.double() * 0.5 + 0.5) * 255
     torch.testing.assert_close(scaled, scaled.round(), atol=1e-4, rtol=0)
     return scaled.round().to(torch.uint8).numpy()
-
-
-def chat(*contents, role="user"):
-    parts = [
-        {"type": "text", "text": one} if isinstance(one, str) else {"type": "image", "image": one} for one in contents
-    ]
-    return [{"role": role, "content": parts}]
-
-
-def prepared(processor, *chats):
-    return processor.apply_chat_template(
-        [*chats],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True},
-    )
 
 
 @pytest.mark.parametrize("name", ["wide", "tall", "banner"])
@@ -189,14 +144,47 @@ def test_an_image_token_that_cannot_be_is_refused(checkpoint):
         AutoProcessor.from_pretrained(folder)
 
 
-def bomb():
-    """A file of a few bytes that says it holds a picture of 60000 x 60000 pixels."""
+def test_a_tokenizer_without_a_free_id_for_images_is_refused(checkpoint):
+    message = (
+        "`tokenizer` must leave an id below 512 for `<image>`, got 512 tokens: name one of them in `image_token_id` "
+        "of the configuration."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        AutoProcessor.from_pretrained(checkpoint(tokenizer=new_tokenizer(512)))
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+def test_a_processor_of_another_family_is_refused(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace("LavidaProcessor", "LlavaProcessor"))
+    message = (
+        "`processor_class` must be LavidaProcessor in processor_config.json of a LaViDa, got 'LlavaProcessor': remove "
+        "the file, and a processor is made of the tokenizer."
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        LavidaProcessor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_image_tokens": 729}, "`num_image_tokens` is 729, and 196 fits."),
+        (
+            {"processor_class": None},
+            "`processor_class` must be LavidaProcessor in processor_config.json of a LaViDa, ",
+        ),
+        ("{", "It looks like the config file at"),
+    ],
+)
+def test_a_processor_that_does_not_fit_its_model_is_refused(checkpoint, processor, changes, said):
+    folder = checkpoint(image_token_id=IMAGE)
+    processor.save_pretrained(folder)
+    path = folder / "processor_config.json"
+    path.write_text(changes if isinstance(changes, str) else json.dumps(json.loads(path.read_text()) | changes))
+    tokenizer = new_tokenizer()
+    message = f"`--model` must have a processor that fits its model, but in {str(folder)!r}: {said}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        load_processor("--model", str(folder), AutoConfig.from_pretrained(folder), tokenizer)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file", "ignore::pytest.PytestUnraisableExceptionWarning")  # as it is left
@@ -211,19 +199,46 @@ def test_a_file_that_is_no_picture_is_refused(processor, tmp_path, fault):
         prepared(processor, [{"role": "user", "content": [{"type": "image", "path": str(path)}]}])
 
 
-def test_other_models_under_the_same_name_are_refused(checkpoint):
-    message = (
-        "`model_type` 'llava_llada' must be a LaViDa here, got LLaDA-V, whose vision part and weight names are "
-        "others: load it with its own code, in a process that does not import hf_flashdlm."
-    )
+SPOT = Image.new("RGB", (9, 9))
+
+
+@pytest.mark.parametrize(
+    ("images", "text", "asked", "given"),
+    [
+        (SPOT, "a", [0], [1]),
+        (None, "<image>a", [1], [0]),
+        ([SPOT, SPOT], "<image>a", [1], [2]),
+        ([SPOT], "<image><image>", [2], [1]),
+        ([SPOT], ["<image>a", "<image>b"], [1, 1], [1]),
+        ([[SPOT], []], ["a", "<image>b"], [0, 1], [1, 0]),
+        ([[SPOT]], ["<image>a", "b"], [1, 0], [1]),
+    ],
+)
+def test_texts_that_do_not_ask_for_their_images_are_refused(processor, images, text, asked, given):
+    message = f"`text` must hold `<image>` once for each of its images, got {asked} in the texts and {given} images."
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        AutoModelForImageTextToText.from_pretrained(checkpoint(architectures=["LlavaLLaDAModelLM"]))
-    folder = checkpoint()
-    config = json.loads((folder / "config.json").read_text())
-    config["hidden_size"] = config.pop("d_model")
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-        AutoConfig.from_pretrained(folder)
+        processor(images, text, return_tensors="pt", padding=True)
+
+
+def test_images_go_to_the_texts_that_ask_for_them(processor):
+    given = processor([SPOT, SPOT, SPOT], ["<image>a", "b", "<image><image>"], return_tensors="pt", padding=True)
+    assert given["batch_num_images"].tolist() == [1, 2], "of the texts that have any"
+    tokens = (given["input_ids"] == IMAGE).sum(1).tolist()
+    assert tokens[1:] == [0, 2 * 197] and tokens[0] > 197
+    for images in (None, [], [[], []]):
+        given = processor(images, ["a", "b"], return_tensors="pt")
+        assert given.keys() == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (5, 2000), (383, 385)])
+def test_an_image_of_any_shape_has_as_many_tokens_as_embeddings(processor, size, no_grad, monkeypatch):
+    given = processor(Image.new("RGB", size), "<image>", return_tensors="pt")
+    model = lavida.load("llada").model
+    tower = model.vision_tower.vision_tower.vision_model
+    monkeypatch.setattr(tower, "forward", lambda tiles: torch.zeros(len(tiles), 729, 24))
+    pixels = {name: given[name] for name in ("pixel_values", "image_sizes", "batch_num_images")}
+    (features,) = model.get_image_features(**pixels).pooler_output
+    assert len(features) == given["input_ids"].numel()
 
 
 @pytest.mark.parametrize(
@@ -231,8 +246,21 @@ def test_other_models_under_the_same_name_are_refused(checkpoint):
     [
         (
             {"mm_projector_type": "linear"},
-            "`mm_projector_type` must be 'mlp2x_gelu', as in every released LaViDa, got 'linear': load it with its "
-            "own code.",
+            "`mm_projector_type` must be 'mlp2x_gelu', as in every released checkpoint of llava_llada, got 'linear': "
+            "load it with its own code.",
+        ),
+        (
+            {"image_aspect_ratio": "pad"},
+            "`image_aspect_ratio` must be 'anyres' or 'anyres_max_' and a number of tiles, got 'pad': load it with "
+            "its own code.",
+        ),
+        *(
+            (
+                {"image_grid_pinpoints": pinpoints},
+                "`image_grid_pinpoints` must be widths and heights in multiples of a tile's 384 pixels, got "
+                f"{pinpoints!r}: change one of them.",
+            )
+            for pinpoints in ([[384, 500]], [[384]], [], "[(0, 384)]", "(2x2),...,(1x1)", [[384.0, 384]])
         ),
         (
             {"mm_hidden_size": 1152},

@@ -25,7 +25,9 @@ EOS, MASK = 3, 511
 def model(request, tiny):
     """A model made in each way: of its own modules, of those of Transformers, by the mixin, and with a shift."""
     if request.param in ("llada", "dream"):
-        return copy.deepcopy(tiny(request.param))
+        model = copy.deepcopy(tiny(request.param))
+        model.has_seen_labels = False  # whatever other tests gave the model that all share
+        return model
     kind, config = {
         "sdar": (hf_flashdlm.SDARForCausalLM, hf_flashdlm.SDARConfig),
         "open_dcoder": (hf_flashdlm.OpenDCoderModel, hf_flashdlm.OpenDCoderConfig),

@@ -10,6 +10,8 @@ peak MB: memory in use at the peak of a run minus the memory in use before it (1
 outside %: share of the time that is not inside a forward of a model.
 x floor: seconds divided by the floor, the time that the forwards would take at the ceilings of the machine: the longer
 of operations over GEMM throughput and bytes over memory bandwidth, summed over the forwards.
+ops/fwd, ops/step: operations of torch that are not views (kernel launches on an accelerator) in a forward of a model,
+and outside of the forwards for each forward of the diffusion model.
 ms/step: seconds divided by the forwards of the diffusion model; for `ar`, by those of the autoregressive model.
 
 A method that writes the same tokens as a reference is compared with it: `times` is the reference's seconds divided by
@@ -36,6 +38,7 @@ import torch
 from .decoding import Models
 from .machine import Ceilings, CostModel, peak_memory
 from .models import load_models, random_model, twin_config
+from .operations import OperationCounter, layer_operations, operations_within
 from .recipe import Recipe
 from .recipes import choose, compiled, recipes, references
 from .report import format_table
@@ -44,8 +47,9 @@ from .workload import Workload, problem_workload, random_workload
 
 
 RANDOM_PROMPT_LENGTH = 128  # of random ids, unless the caller names one
-HEADERS = "method batch accuracy% seconds /full /EOS NFE guider active tok/fwd tok/s peakMB outside% xfloor ms/step"
-HEADERS = HEADERS.split()
+HEADERS = "method batch accuracy% seconds /full /EOS NFE guider active tok/fwd tok/s peakMB outside% xfloor".split()
+OPERATIONS = ("operations_per_forward", "operations_per_step")  # of a row of the record
+HEADERS += ["ops/fwd", "ops/step", "ms/step"]
 
 
 def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str], None]) -> dict:
@@ -95,7 +99,7 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
 def describe(model, cost: CostModel) -> dict:
     """The entry of a model in the record."""
     sizes = {"parameters": model.num_parameters(), "weight_bytes": cost.weight_bytes}
-    return {"type": model.config.model_type, **sizes}
+    return {"type": model.config.model_type, **sizes, "operations_of_layers": layer_operations(model)}
 
 
 def make_workload(args: argparse.Namespace, models: Models, batch_size: int, options: dict) -> Workload:
@@ -116,6 +120,7 @@ class Measured:
     runs: list[Run]
     warm_up_seconds: float
     peak_memory_bytes: int | None
+    operations: dict[str, float | None]
 
     @property
     def seconds(self) -> float:
@@ -130,17 +135,29 @@ def time_methods(
     measured = {}
     for recipe in chosen:
         note(f"warm-up: {recipe.name}")
-        # The memory for compiling is not counted as memory for decoding.
-        seconds = run(models, recipe, workload).seconds if recipe.compiled else None
+        # The memory for compiling and for counting is not counted as memory for decoding.
+        seconds, operations = warm_up(models, recipe, workload)
         with peak_memory(models.model.device) as peak:
-            warm = run(models, recipe, workload)
-        measured[recipe.name] = Measured(recipe, [], seconds or warm.seconds, peak[0])
+            run(models, recipe, workload)
+        measured[recipe.name] = Measured(recipe, [], seconds, peak[0], operations)
     # The methods take turns, so that a slow minute of the machine does not fall on a single method.
     for index in range(repeats):
         for name, of_method in measured.items():
             note(f"run {index + 1} of {repeats}: {name}")
             of_method.runs.append(run(models, of_method.recipe, workload))
     return measured
+
+
+def warm_up(models: Models, recipe: Recipe, workload: Workload) -> tuple[float, dict[str, float | None]]:
+    """The first run of a method: its seconds, and the operations of a forward and of the rest of a step."""
+    if recipe.compiled:
+        return run(models, recipe, workload).seconds, dict.fromkeys(OPERATIONS)
+    watched = models.named().values()
+    with torch.inference_mode(), OperationCounter() as counter, operations_within(counter, watched) as counts:
+        first = run(models, recipe, workload.start())
+    steps = len(first.forwards["model"] or first.forwards["twin"])
+    outside = counter.total - sum(counts)
+    return first.seconds, dict(zip(OPERATIONS, (sum(counts) / len(counts), outside / steps), strict=True))
 
 
 def make_rows(measured: dict[str, Measured], costs: dict[str, CostModel], ceilings: Ceilings):
@@ -164,6 +181,7 @@ def make_rows(measured: dict[str, Measured], costs: dict[str, CostModel], ceilin
             "peak_memory_bytes": of_method.peak_memory_bytes,
             "kept_bytes": sum(costs[model].kept_bytes(forwards) for model, forwards in first.forwards.items()),
             "outside_forwards_share": statistics.median(single.outside_share for single in of_method.runs),
+            **of_method.operations,
             "floor_seconds": floor,
             "seconds_over_floor": seconds / floor,
             "like": recipe.like,
@@ -207,6 +225,8 @@ def format_row(row: dict) -> list[str]:
         number("peak_memory_bytes", ".1f", 1e-6),
         number("outside_forwards_share", ".1f", 100),
         number("seconds_over_floor", ".1f"),
+        number("operations_per_forward", ".0f"),
+        number("operations_per_step", ".0f"),
         number("milliseconds_per_step", ".2f"),
     ]
 
@@ -218,7 +238,8 @@ def report_comparison(record: dict) -> str:
     headers, *rows = zip(*(column for column in columns if set(column[1:]) != {"-"}), strict=True)
     lines = [
         f"GEMM: {ceilings['flops_per_second'] / 1e9:.0f} GFLOP/s in {ceilings['dtype']}",
-        f"memory: {ceilings['bytes_per_second'] / 1e9:.1f} GB/s\n",
+        f"memory: {ceilings['bytes_per_second'] / 1e9:.1f} GB/s",
+        *report_layers(record["models"]),
         format_table(headers, rows),
     ]
     for is_compiled in (False, True):
@@ -226,6 +247,13 @@ def report_comparison(record: dict) -> str:
             [row for row in record["rows"] if row.get("like") is not None and row["compiled"] == is_compiled]
         )
     return "\n".join(lines)
+
+
+def report_layers(models: dict[str, dict]) -> list[str]:
+    """The operations of a layer of each model, and an empty line."""
+    counts = {name: sorted(set(model.get("operations_of_layers", ()))) for name, model in models.items()}
+    texts = [f"{name} {' or '.join(map(str, numbers))}" for name, numbers in counts.items() if numbers]
+    return [f"operations of a layer: {', '.join(texts)}\n"] if texts else [""]
 
 
 def report_pairs(rows: list[dict]) -> list[str]:

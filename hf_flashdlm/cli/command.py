@@ -98,6 +98,8 @@ def add_generate(commands) -> None:
     add("--model", required=True, metavar="DIR_OR_ID", help="the diffusion model: a folder or a Hub repository")
     add_decoding(parser)
     add("--prompt", action="append", metavar="TEXT", help="can be repeated; without it, standard input is the prompt")
+    picture = "a picture that each prompt is about, for a model that sees images; can be repeated"
+    add("--image", action="append", default=[], metavar="PATH", help=picture)
     add("--steps", type=int, metavar="N", help="a fixed number of denoising steps, spread over the tokens")
     add("--confidence-threshold", type=float, metavar="P", help="instead of --steps: write every token this probable")
     add("--window-policy", metavar="NAME", help=f"what a step recomputes: {', '.join(WINDOW_POLICIES)}")
@@ -170,13 +172,17 @@ def generate(args: argparse.Namespace) -> None:
         return answer_file(args, load)
     from rich.console import Console
 
-    prompts = read_prompts(args.prompt)
-    checkpoint, options = load(args)
+    from ..console.pictures import read_pictures
+
+    if args.image and args.guider is not None:
+        raise ValueError("`--guider` reads text alone, got `--image`: drop one of them.")
+    prompts, images = read_prompts(args.prompt), read_pictures(args.image)
+    checkpoint, options = load(args, bool(images))
     if args.stream:
         for prompt in prompts:
-            report(checkpoint.stream(prompt, options, args.chat, Console(highlight=False)), args.stats)
+            report(checkpoint.stream(prompt, options, args.chat, Console(highlight=False), images), args.stats)
     else:
-        continuation = checkpoint.continue_prompts(prompts, options, args.chat)
+        continuation = checkpoint.continue_prompts(prompts, options, args.chat, images)
         print("\n\n".join(continuation.texts))
         report(continuation, args.stats)
 
@@ -198,14 +204,17 @@ def chat(args: argparse.Namespace) -> None:
     run_chat(checkpoint, options, args.system, Console(highlight=False), notes)
 
 
-def load(args: argparse.Namespace, **guidance):
-    """The diffusion model and the keywords of `generate`, a guider with its settings `guidance` among them."""
+def load(args: argparse.Namespace, images: bool = False, **guidance):
+    """
+    The diffusion model, which has to see `images`, and the keywords of `generate`, a guider with its settings
+    `guidance` among them.
+    """
     import torch
 
     from ..console.checkpoint import Checkpoint
 
     quiet_transformers(progress_bars=sys.stderr.isatty())
-    checkpoint = Checkpoint.load(args.model, args.device, args.dtype)
+    checkpoint = Checkpoint.load(args.model, args.device, args.dtype, images)
     values = {name: vars(args).get(name) for name in DECODING_OPTIONS}
     options = {name: value for name, value in values.items() if value is not None}
     if args.guider is not None:

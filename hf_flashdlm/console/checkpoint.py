@@ -5,7 +5,7 @@ user's is a `ValueError` of one sentence. Knows nothing of how decoding works.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,13 +24,18 @@ from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
 from ..hub import loading
 from ..hub.loading import (
+    bounded,
     check_device,
     is_diffusion_model,
     load_config,
     load_diffusion_config,
+    load_processor,
     load_tokenizer,
+    refusing,
+    sees_images,
     set_mask_token,
 )
+from ..processing_original import LavidaProcessor
 from .defaults import MAX_NEW_TOKENS
 from .display import CanvasStreamer, mask_character
 from .prompts import Prompt, encode_chat, encode_text
@@ -57,13 +62,14 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A diffusion `model` and its `tokenizer`."""
+    """A diffusion `model`, its `tokenizer`, and the `processor` of a model that sees images."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    processor: LavidaProcessor | None = None
 
     @classmethod
-    def load(cls, name: str, device: str = "auto", dtype: str = "auto") -> "Checkpoint":
+    def load(cls, name: str, device: str = "auto", dtype: str = "auto", images: bool = False) -> "Checkpoint":
         r"""
         Load from a folder or from the Hub.
 
@@ -71,15 +77,23 @@ class Checkpoint:
             name (`str`): Folder or Hub repository.
             device (`str`, *optional*, defaults to `"auto"`): `"auto"` takes the accelerators, if there are any.
             dtype (`str`, *optional*, defaults to `"auto"`): `"auto"` keeps the one that the weights were saved in.
+            images (`bool`, *optional*, defaults to `False`): Whether the model has to see images.
 
         Raises:
-            ValueError: If there is no such checkpoint or it is no diffusion model, or for a device or dtype that is
-                not there.
+            ValueError: If there is no such checkpoint or it is no diffusion model, or does not see images, or for a
+                device or dtype that is not there.
         """
-        model = load_weights("--model", name, load_diffusion_config("--model", name), device, dtype)
+        config = load_diffusion_config("--model", name)
+        if images and not sees_images(config):
+            raise ValueError(
+                f"`--image` needs a model that sees images, got {name!r} with `model_type` {config.model_type!r}: "
+                "drop it."
+            )
+        model = load_weights("--model", name, config, device, dtype)
         tokenizer = load_tokenizer("--model", name)
         set_mask_token("--model", name, model.config, tokenizer)
-        return cls(model, tokenizer)
+        seeing = sees_images(config)
+        return cls(model, tokenizer, load_processor("--model", name, model.config, tokenizer) if seeing else None)
 
     def load_guider(self, name: str, device: str = "auto", dtype: str = "auto", **settings) -> ARGuider:
         """A guider with `settings` from the model in a folder or on the Hub, which may have another tokenizer."""
@@ -92,7 +106,9 @@ class Checkpoint:
         ids = self.model.generation_config.eos_token_id
         return set() if ids is None else {ids} if isinstance(ids, int) else set(ids)
 
-    def continue_prompts(self, prompts: list[Prompt], options: dict, chat: bool | None = None) -> Continuation:
+    def continue_prompts(
+        self, prompts: list[Prompt], options: dict, chat: bool | None = None, images: Sequence = ()
+    ) -> Continuation:
         r"""
         Continue `prompts` in one batch.
 
@@ -100,11 +116,12 @@ class Checkpoint:
             prompts (`list[str]` or `list[list[dict]]`): Prompts; for the chat template also whole conversations.
             options (`dict`): Keywords of `generate`; a `temperature` decides on `do_sample`, too.
             chat (`bool`, *optional*): Whether the prompts go into the chat template; by default if there is one.
+            images (`Sequence`, *optional*): Pictures of Pillow that each prompt is about.
 
         Returns:
             [`Continuation`]: Texts and what they cost.
         """
-        inputs = self.encode(prompts, chat)
+        inputs = self.encode(prompts, chat, images)
         if self.model.generation_config.max_new_tokens is None:
             options = {"max_new_tokens": MAX_NEW_TOKENS} | options
         started = time.perf_counter()
@@ -119,14 +136,16 @@ class Checkpoint:
         ends = (length for length, token_id in enumerate(ids, 1) if token_id in self.end_token_ids)
         return ids[: next(ends, len(ids))]
 
-    def stream(self, prompt: Prompt, options: dict, chat: bool | None, console: Console) -> Continuation:
+    def stream(
+        self, prompt: Prompt, options: dict, chat: bool | None, console: Console, images: Sequence = ()
+    ) -> Continuation:
         """Continue one prompt and print the text as it forms: on a terminal the whole canvas, else what is final."""
         if not console.is_terminal:
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
-            return self.continue_prompts([prompt], options | {"streamer": streamer}, chat)
+            return self.continue_prompts([prompt], options | {"streamer": streamer}, chat, images)
         with Live(console=console, auto_refresh=False, transient=True) as live:
             streamer = self.canvas_streamer(lambda text: live.update(text, refresh=True), console)
-            continuation = self.continue_prompts([prompt], options | {"streamer": streamer}, chat)
+            continuation = self.continue_prompts([prompt], options | {"streamer": streamer}, chat, images)
         console.out(visible(continuation.texts[0]), highlight=False)
         return continuation
 
@@ -135,16 +154,26 @@ class Checkpoint:
         mask_token_id = self.model.config.mask_token_id
         return CanvasStreamer(self.tokenizer, mask_token_id, self.end_token_ids, show, mask_character(console), pause)
 
-    def encode(self, prompts: list[Prompt], chat: bool | None) -> dict[str, torch.Tensor]:
-        """`input_ids` and `attention_mask` of `prompts`, on the model's device."""
+    def encode(self, prompts: list[Prompt], chat: bool | None, images: Sequence = ()) -> dict[str, torch.Tensor]:
+        """
+        `input_ids` and `attention_mask` of `prompts`, and what `generate` takes of `images`, on the model's device.
+        """
         chat = self.uses_chat_template(chat)
-        rows = [self._ids(prompt, chat) for prompt in prompts]
+        if images and not chat:
+            raise ValueError(
+                "`--image` puts pictures into the turns of a chat, got a prompt without a chat template: drop it, or "
+                "`--no-chat`."
+            )
+        rows, pixels = [self._ids(prompt, chat, len(images)) for prompt in prompts], {}
         if not all(rows):
             raise ValueError("`--prompt` must hold at least one token, got an empty text.")
+        if images:
+            rows, pixels = self._with_images(rows, images)
         length, pad = max(map(len, rows)), self.tokenizer.pad_token_id
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
-        return {"input_ids": input_ids.to(self.model.device), "attention_mask": attention_mask.to(self.model.device)}
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | pixels
+        return {name: value.to(self.model.device) for name, value in inputs.items()}
 
     def uses_chat_template(self, chat: bool | None) -> bool:
         """Whether prompts go into the chat template: as `chat` says, and by default if there is one."""
@@ -153,12 +182,27 @@ class Checkpoint:
             raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
         return has_template if chat is None else chat
 
-    def _ids(self, prompt: Prompt, chat: bool) -> list[int]:
+    def _ids(self, prompt: Prompt, chat: bool, num_images: int) -> list[int]:
         if not chat:
             return encode_text(self.tokenizer, prompt)
-        return encode_chat(
-            self.tokenizer, [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        )
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        before = num_images * f"{self.processor.image_token}\n" if num_images else ""
+        return encode_chat(self.tokenizer, turns, before)
+
+    def _with_images(self, rows: list[list[int]], images: Sequence) -> tuple[list[list[int]], dict]:
+        """The rows with as many image tokens as the images, the same for each row, have embeddings; their pixels."""
+        number, token_id = len(images), self.processor.image_token_id
+        with refusing("`--image` cannot be cut into tiles as `--model` asks for"), bounded():
+            inputs = self.processor(list(images), number * self.processor.image_token, return_tensors="pt")
+        of_each = (inputs["input_ids"] == token_id).sum().item() // number  # several have one tile each
+        if any(row.count(token_id) != number for row in rows):
+            raise ValueError(
+                f"`--model` must have a chat template that keeps the token `{self.processor.image_token}` of each "
+                "picture, and its template does not."
+            )
+        rows = [[one for token in row for one in (of_each if token == token_id else 1) * [token]] for row in rows]
+        names = ("pixel_values", "image_sizes", "batch_num_images")
+        return rows, {name: torch.cat(len(rows) * [inputs[name]]) for name in names}
 
 
 def with_sampling(options: dict) -> dict:

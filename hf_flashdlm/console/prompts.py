@@ -26,13 +26,17 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return as_ids(backend.encode(text), ids)
 
 
-def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict]) -> list[int]:
-    """Ids of a conversation in the chat template, which asks for the next reply."""
+def encode_chat(tokenizer: PreTrainedTokenizerBase, turns: list[dict], before: str = "") -> list[int]:
+    """
+    Ids of a conversation in the chat template, which asks for the next reply; `before` comes before the text of the
+    last turn, and what it spells as tokens are tokens.
+    """
     template = tokenizer.chat_template
     said = "".join(turn["content"] for turn in turns)
     characters = unused(said + (template if isinstance(template, str) else json.dumps(template)))
     typed = {}  # what a user typed, by the character that stands for it while the template is filled in
     marked = [turn | {"content": mark(tokenizer, turn, typed, characters)} for turn in turns]
+    marked[-1]["content"] = before + marked[-1]["content"]
     text = fill_in(tokenizer, marked, CHARACTERS + 4 * len(said))
     if not typed:
         return tokenizer(text, add_special_tokens=False)["input_ids"]

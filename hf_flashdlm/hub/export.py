@@ -17,7 +17,6 @@ from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -27,23 +26,29 @@ from transformers import (
 )
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from ..configuration_lavida import LavidaConfig
 from ..generate import generate
 from ..generation_config import DiffusionOptions
 from ..methods import METHODS
+from ..processing_lavida import LavidaProcessor as ProcessorFromFiles
+from ..processing_original import LavidaProcessor
 from ..tiny import FOLDER
 from ..tokenization_dream import DreamTokenizer
 from ..version import __version__
 from .loading import (
     MODELS,
+    auto_class,
     bounded,
     is_diffusion_model,
     load_config,
     load_diffusion_config,
+    load_processor,
     load_tokenizer,
     load_weights,
     refusing,
+    sees_images,
     set_mask_token,
     shard_names,
     stored_sizes,
@@ -51,8 +56,6 @@ from .loading import (
 
 
 WITH_DEFAULTS = ("llada", "llada_moe", "llada2_moe", "Dream")  # those of a released checkpoint
-AUTO_CLASSES = ("AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM")
-SERVED_AS = "AutoModelForCausalLM"  # `transformers serve` looks `architectures` up in the library alone
 STRATEGY = "custom_generate"  # the folder that Transformers looks for
 REQUIREMENTS = (
     "torch>=2.6",
@@ -86,8 +89,7 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
     source = _fetch(checkpoint)
     config = _diffusion_config(source, checkpoint)
     weights = _whole_weights(source, checkpoint, config)
-    tokenizer = _tokenizer(source, checkpoint)
-    set_mask_token("checkpoint", str(source), config, tokenizer)
+    tokenizer, processor = _text_and_images(source, checkpoint, config)
     model = _meta_model(config)
     generation_config = _generation_config(source, checkpoint, config)
     with _new_directory(directory, source) as directory:
@@ -97,6 +99,8 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
         model.config.save_pretrained(directory)
         generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+        if processor is not None:
+            _save_processor(processor, directory)
         card = card or _card_of(checkpoint, config)
         method = getattr(config, "recommended_method", None)
         has_chat_template = tokenizer.chat_template is not None
@@ -151,17 +155,19 @@ def export_code(model_type: str, directory: str | Path, repo_id: str, checkpoint
     if model_type not in MODELS:
         raise ValueError(f"`model_type` must be one of {', '.join(MODELS)}, got {model_type!r}.")
     if checkpoint is None and model_type not in WITH_DEFAULTS:
+        needed = "the processor of images" if issubclass(MODELS[model_type], LavidaConfig) else "sizes"
         raise ValueError(
-            f"`checkpoint` must be given for {model_type!r}, whose checkpoints have no sizes in common: name "
-            "one of them."
+            f"`checkpoint` must be given for {model_type!r}, whose checkpoints do not share {needed}: name one of "
+            "them."
         )
+    processor = None
     if checkpoint is None:
         config = MODELS[model_type]()
     else:
         source = _fetch(checkpoint, SETTINGS)
         config = _diffusion_config(source, checkpoint)
-        if any((source / name).is_file() for name in TOKENIZERS):
-            set_mask_token("checkpoint", str(source), config, _tokenizer(source, checkpoint))
+        if sees_images(config) or any((source / name).is_file() for name in TOKENIZERS):
+            _, processor = _text_and_images(source, checkpoint, config)
     found = next(name for name, kind in MODELS.items() if type(config) is kind)
     if found != model_type:
         raise ValueError(f"`checkpoint` must be of type {model_type!r}, got {found!r}.")
@@ -171,6 +177,8 @@ def export_code(model_type: str, directory: str | Path, repo_id: str, checkpoint
         _save_code(model, directory)
         model.config.auto_map = {name: f"{repo_id}--{value}" for name, value in model.config.auto_map.items()}
         model.config.save_pretrained(directory)
+        if processor is not None:
+            _save_processor(processor, directory)
         _save_card(directory, "code", repo_id, checkpoint, model_type=model_type)
     return directory
 
@@ -254,7 +262,7 @@ def _diffusion_config(source: Path, checkpoint: str) -> PreTrainedConfig:
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """The model without its weights."""
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def weight_files(source: Path, checkpoint: str) -> list[str]:
@@ -316,6 +324,15 @@ def _tokenizer(source: Path, checkpoint: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _text_and_images(
+    source: Path, checkpoint: str, config: PreTrainedConfig
+) -> tuple[PreTrainedTokenizerBase, LavidaProcessor | None]:
+    """The tokenizer, and the processor of a model that sees images; `config` learns their ids."""
+    tokenizer = _tokenizer(source, checkpoint)
+    set_mask_token("checkpoint", str(source), config, tokenizer)
+    return tokenizer, load_processor("checkpoint", str(source), config, tokenizer) if sees_images(config) else None
+
+
 @contextmanager
 def _new_directory(directory: str | Path, source: Path | None = None) -> Iterator[Path]:
     """A folder that is new or empty, outside of `source`; what fails inside the block leaves it as it was."""
@@ -345,14 +362,27 @@ def _save_code(model: PreTrainedModel, directory: Path) -> None:
     """Copy the source files of `model` and name its classes in `model.config`, by the means of Transformers."""
     config = model.config
     config.auto_map = {}
-    config.architectures = [SERVED_AS]
-    # A masked language model scores each position in place.
-    for name in AUTO_CLASSES[: -1 if config.logits_shift else None]:
+    kind = auto_class(config).__name__
+    config.architectures = [kind]  # `transformers serve` looks them up in the library alone
+    names = ["AutoModel", kind]
+    if not config.logits_shift and not sees_images(config):  # scores each position in place
+        names.append("AutoModelForMaskedLM")
+    for name in names:
         model._auto_class = name
         custom_object_save(model, directory, config)
     config._auto_class = "AutoConfig"
     custom_object_save(config, directory, config)
     del config._auto_class  # or saving the config would write its part of `auto_map` once more
+
+
+def _save_processor(processor: LavidaProcessor, directory: Path) -> None:
+    """Save the files of a processor, and the source file of its class, without what makes one of a tokenizer."""
+    processor.save_pretrained(directory)
+    custom_object_save(ProcessorFromFiles, directory)
+    module = ProcessorFromFiles.__module__.rpartition(".")[2]
+    values = json.loads((directory / PROCESSOR_NAME).read_text(encoding="utf-8"))
+    values["auto_map"] = {"AutoProcessor": f"{module}.{ProcessorFromFiles.__name__}"}
+    (directory / PROCESSOR_NAME).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def _cards() -> Path:

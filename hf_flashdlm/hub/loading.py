@@ -20,24 +20,28 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from ..configuration_a2d import A2DLlamaConfig, A2DQwen2Config, A2DQwen3Config
 from ..configuration_diffusion import repository_name
 from ..configuration_dream import DreamConfig
 from ..configuration_fast_dllm_v2 import Fast_dLLM_QwenConfig
+from ..configuration_lavida import LavidaConfig, LavidaDreamConfig, LavidaLLaDAConfig, LLaDAVConfig
 from ..configuration_llada import LLaDAConfig
 from ..configuration_llada2 import LLaDA2MoeConfig
 from ..configuration_llada_moe import LLaDAMoEConfig
+from ..configuration_mmada import MMadaConfig
 from ..configuration_open_dcoder import OpenDCoderConfig
 from ..configuration_sdar import SDARConfig, SDARMoeConfig
+from ..processing_original import LavidaProcessor
 
 
 try:
@@ -47,11 +51,13 @@ except ImportError:  # on Windows, where nothing bounds what a template or a con
 
 SECONDS, BYTES = 20, 2**31  # of processor time, and of memory beyond what the process has
 
-# The diffusion models, by `model_type`; LLaDA-MoE, which has that of LLaDA, by a name of its own.
+# The diffusion models, by `model_type`; LLaDA-MoE and LLaDA-V, which have that of LLaDA and of LaViDa, by names of
+# their own.
 MODELS: dict[str, type[PreTrainedConfig]] = {
     "llada": LLaDAConfig,
     "llada_moe": LLaDAMoEConfig,
     "llada2_moe": LLaDA2MoeConfig,
+    "mmada": MMadaConfig,
     "Dream": DreamConfig,
     "open_dcoder": OpenDCoderConfig,
     "sdar": SDARConfig,
@@ -60,7 +66,13 @@ MODELS: dict[str, type[PreTrainedConfig]] = {
     "a2d-qwen3": A2DQwen3Config,
     "a2d-qwen2": A2DQwen2Config,
     "a2d-llama": A2DLlamaConfig,
+    "llava_llada": LavidaLLaDAConfig,
+    "llava_dream": LavidaDreamConfig,
+    "llada_v": LLaDAVConfig,
 }
+
+# What of a processor has to fit the model.
+PROCESSED = ("image_token_id", "num_image_tokens", "vision_aspect_ratio", "size", "image_grid_pinpoints")
 
 
 class LimitReached(RuntimeError):
@@ -164,6 +176,16 @@ def is_diffusion_model(config: PreTrainedConfig) -> bool:
     return type(config) in MODELS.values()
 
 
+def sees_images(config: PreTrainedConfig) -> bool:
+    """Whether the package has a model for it that takes images."""
+    return isinstance(config, LavidaConfig)
+
+
+def auto_class(config: PreTrainedConfig) -> type:
+    """The Auto class that makes a language model of it."""
+    return AutoModelForImageTextToText if sees_images(config) else AutoModelForCausalLM
+
+
 def set_mask_token(option: str, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Take the mask token from the tokenizer where `config.json` names none; refuse a checkpoint without one."""
     stated = PreTrainedConfig.get_config_dict(name)[0].get("mask_token_id")
@@ -206,7 +228,7 @@ def load_weights(
         stored = {key: size for file in files for key, size in stored_sizes(file).items()}
     check_size(option, name, config, stored)
     with refusing(sentence):
-        model, found = AutoModelForCausalLM.from_pretrained(
+        model, found = auto_class(config).from_pretrained(
             name,
             config=config,
             dtype=dtype,
@@ -263,7 +285,7 @@ def check_size(option: str, name: str, config: PreTrainedConfig, stored: dict[st
     if isinstance(layers, int) and layers > len(stored):
         raise ValueError(f"{place} it counts {layers} layers, and there are {len(stored)} tensors.")
     with refusing(place), bounded(), warnings.catch_warnings(action="ignore"), torch.device("meta"):
-        count = sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).parameters())
+        count = sum(weight.numel() for weight in auto_class(config).from_config(config).parameters())
     held = sum(number for number, _ in stored.values())
     if getattr(config, "quantization_config", None) is not None:  # several weights in an element
         held = sum(number * width for number, width in stored.values())
@@ -315,3 +337,30 @@ def load_tokenizer(option: str, name: str, kind=AutoTokenizer) -> PreTrainedToke
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def load_processor(
+    option: str, name: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> LavidaProcessor:
+    """
+    The processor of a model that sees images, around its tokenizer, which learns the image token and the processor's
+    chat template; `config` learns the id of that token.
+    """
+    with refusing(f"`{option}` must have a processor that fits its model, but in {name!r}"):
+        processor = LavidaProcessor.of(config, tokenizer)
+        if cached_file(name, PROCESSOR_NAME, _raise_exceptions_for_missing_entries=False) is not None:
+            made, processor = processor, LavidaProcessor.from_pretrained(name, trust_remote_code=False)
+            processor.tokenizer = tokenizer
+            for field, found, needed in zip(PROCESSED, *map(how_processed, (processor, made)), strict=True):
+                if found != needed:
+                    raise ValueError(f"`{field}` is {found!r}, and {needed!r} fits.")
+    tokenizer.chat_template = processor.chat_template
+    config.image_token_id = processor.image_token_id
+    return processor
+
+
+def how_processed(processor: LavidaProcessor) -> tuple:
+    """Values of `PROCESSED`."""
+    images = processor.image_processor
+    counts = (processor.image_token_id, processor.num_image_tokens, processor.vision_aspect_ratio)
+    return (*counts, dict(images.size), images.image_grid_pinpoints)

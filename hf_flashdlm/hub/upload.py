@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import filter_repo_objects
 from transformers.dynamic_module_utils import get_relative_import_files
+from transformers.utils import PROCESSOR_NAME
 
 from ..version import __version__
 from .export import CONNECTION_ERRORS, STRATEGY, check_links, check_repo_id, weight_files
@@ -25,6 +26,7 @@ PUBLISHED = (  # and the files of weights
     *(
         "config.json",
         "generation_config.json",
+        "processor_config.json",
         "model.safetensors.index.json",
         "*.py",
         "custom_generate/requirements.txt",
@@ -142,6 +144,8 @@ def _check_exported(directory: Path) -> list[str]:
         need(f"{STRATEGY}/requirements.txt")
     else:
         references = _code_references(need("config.json"))
+        if (directory / PROCESSOR_NAME).is_file():
+            references += _code_references(directory / PROCESSOR_NAME)
         modules += [need(value.rpartition("--")[2].partition(".")[0] + ".py") for value in references]
         if not any("--" in value for value in references):
             weights = weight_files(directory, str(directory))
@@ -158,8 +162,8 @@ def _check_exported(directory: Path) -> list[str]:
 
 
 def _code_references(path: Path) -> list[str]:
-    """The classes that a config.json names: module and class, after the repository if it is another."""
-    with refusing(f"`directory` must have a config.json in JSON, but in {str(path.parent)!r}"):
+    """The classes that a file of settings names: module and class, after the repository if it is another."""
+    with refusing(f"`directory` must have a {path.name} in JSON, but in {str(path.parent)!r}"):
         config = json.loads(path.read_text(encoding="utf-8"))
     auto_map = config.get("auto_map") if isinstance(config, dict) else config
     values = auto_map.values() if isinstance(auto_map, dict) else [] if auto_map is None else [auto_map]
@@ -168,5 +172,5 @@ def _code_references(path: Path) -> list[str]:
     ]
     for one in references:
         if not isinstance(config, dict) or not isinstance(one, str) or not REFERENCE.fullmatch(one):
-            raise ValueError(f"`directory` must have a config.json that names classes in auto_map, got {one!r}.")
+            raise ValueError(f"`directory` must have a {path.name} that names classes in auto_map, got {one!r}.")
     return references

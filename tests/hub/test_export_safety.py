@@ -159,9 +159,16 @@ def test_a_push_publishes_weights_that_are_safetensors(folder):
 @pytest.mark.parametrize(
     "auto_map", ["x", 3, [1], {"A": 3}, {"A": {"b": "c"}}, {"A": "../x.B"}, {"A": "/etc/passwd.B"}, {"A": "x"}]
 )
-def test_a_push_reads_no_code_elsewhere(auto_map, folder):
-    (folder / "config.json").write_text(json.dumps({"auto_map": auto_map}))
-    with pytest.raises(ValueError, match="must have a config.json that names classes in auto_map, got"):
+@pytest.mark.parametrize("name", ["config.json", "processor_config.json"])
+def test_a_push_reads_no_code_elsewhere(auto_map, name, folder):
+    (folder / name).write_text(json.dumps({"auto_map": auto_map}))
+    with pytest.raises(ValueError, match=f"must have a {name} that names classes in auto_map, got"):
+        list_files(folder)
+
+
+def test_a_push_needs_the_code_of_a_processor(folder):
+    (folder / "processor_config.json").write_text('{"auto_map": {"AutoProcessor": "absent.Processor"}}')
+    with pytest.raises(ValueError, match="must be a complete repository, but .* has no absent.py"):
         list_files(folder)
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.dynamic_module_utils import check_python_requirements
 
-from hf_flashdlm import DreamConfig, LLaDAConfig, LLaDAMoEConfig, SDARConfig
+from hf_flashdlm import DreamConfig, LavidaDreamConfig, LLaDAConfig, LLaDAMoEConfig, SDARConfig
 from hf_flashdlm.generation_config import (
     DEFAULT_BLOCK_LENGTH,
     DEFAULT_CONFIDENCE_THRESHOLD,
@@ -133,7 +133,8 @@ def test_a_card_is_valid(card, tmp_path):
     data = ModelCard(content).data
     assert isinstance(data, ModelCardData)
     fields = data.to_dict()
-    assert (fields["library_name"], fields["pipeline_tag"]) == ("transformers", "text-generation")
+    task = "image-text-to-text" if card == "lavida" else "text-generation"
+    assert (fields["library_name"], fields["pipeline_tag"]) == ("transformers", task)
     assert set(fields) <= {"library_name", "pipeline_tag", "license", "language", "base_model", "tags"}
     assert ("custom_generate" in fields["tags"]) == (card == "strategy")
     assert ("custom_code" in fields["tags"]) == (card not in ("strategy", "guider", "tiny-guider"))
@@ -151,6 +152,7 @@ def test_cards_of_checkpoints_are_found_by_their_names_and_families(tmp_path):
     assert _card_of("o/unheard-of", DreamConfig()) == "model"
     assert _card_of("o/unheard-of", SDARConfig()) == "sdar"
     assert _card_of("o/unheard-of", LLaDAMoEConfig()) == "llada-moe"
+    assert _card_of("o/unheard-of", LavidaDreamConfig()) == "lavida"
     for checkpoint, kind, license in (
         ("GSAI-ML/LLaDA-8B-Instruct", LLaDAConfig, "mit"),
         ("Dream-org/Dream-v0-Instruct-7B", DreamConfig, "apache-2.0"),
@@ -207,9 +209,7 @@ def test_checkpoints_that_do_not_fit_are_refused(checkpoint, minihub, tmp_path):
         *export("o/absent"),
     )
     refused("must be an autoregressive model", export_guider, str(checkpoint), tmp_path / "out", "o/n")
-    refused(
-        "`model_type` must be one of llada, .*, a2d-llama, got 'gpt2'", export_code, "gpt2", tmp_path / "out", "o/n"
-    )
+    refused("`model_type` must be one of llada, .*, llada_v, got 'gpt2'", export_code, "gpt2", tmp_path / "out", "o/n")
     refused("must be of type 'llada', got 'Dream'", export_code, "llada", tmp_path / "out", "o/n", str(checkpoint))
     weights = load_file(checkpoint / "model.safetensors")
     del weights["lm_head.weight"]

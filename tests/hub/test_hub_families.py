@@ -3,12 +3,18 @@
 import json
 import shutil
 
+import lavida
 import pytest
 import torch
-from hub_cases import APART, SUMMARY, TINY, summary
+from hub_cases import APART, SUMMARY, TINY, summary, usage
 from huggingface_hub import ModelCard
 from minihub import TOKEN
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    pipeline,
+)
 
 import hf_flashdlm
 from hf_flashdlm.hub.export import export_code, export_guider, export_model
@@ -46,6 +52,7 @@ CHECKPOINTS = {
     "LLaDA2.0-mini": ("llada2_moe", ROUTED),
     "LLaDA2.1-mini": ("llada2_moe", ROUTED),
     "open-dcoder-0.5B": ("open_dcoder", {}),
+    "MMaDA-8B-MixCoT": ("mmada", dict(num_key_value_heads=2, codebook_size=64)),
 }
 WITH_CODE = ("LLaDA-MoE-7B-A1B-Instruct", "LLaDA2.1-mini", "open-dcoder-0.5B")
 DERIVED = ("mask_token_id", "attention_block_length", "block_size", "recommended_method", "logits_shift")
@@ -62,7 +69,7 @@ def original(name, folder):
     """A small checkpoint in the form of the one of that name, with a tokenizer that has a mask token."""
     model_type, fields = CHECKPOINTS[name]
     torch.manual_seed(0)
-    config = MODELS[model_type](**SIZES, **fields)
+    config = MODELS[model_type](**SIZES | fields)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     values = json.loads((folder / "config.json").read_text())
     values = {key: value for key, value in values.items() if key not in DERIVED or key in fields}
@@ -118,7 +125,8 @@ def expected(repositories):
 
 
 def test_every_family_is_here():
-    assert {model_type for model_type, _ in CHECKPOINTS.values()} == MODELS.keys() - {"llada", "Dream"}
+    elsewhere = {"llada", "Dream", "llava_llada", "llava_dream", "llada_v"}
+    assert {model_type for model_type, _ in CHECKPOINTS.values()} == MODELS.keys() - elsewhere
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -133,7 +141,8 @@ def test_an_export_says_what_the_name_of_the_checkpoint_said(originals, reposito
         "LLaDA2.0-mini": (32, "llada2"),
         "LLaDA2.1-mini": (32, "llada2.1"),
     }.get(name, (32, "bd3lm") if "bd3lm" in name else (None, None))
-    assert (config.attention_block_length, config.recommended_method) == (length, method)
+    found = [getattr(config, field, None) for field in ("attention_block_length", "recommended_method")]
+    assert found == [length, method]
     assert config.mask_token_id == (311 if name == "SDAR-1.7B-Chat-b8" else 1), "that of the file, or the tokenizer's"
     settings = json.loads((repositories[name] / "generation_config.json").read_text())
     assert settings["mask_token_id"] == config.mask_token_id
@@ -213,7 +222,11 @@ def test_a_code_repository_without_sizes_needs_a_checkpoint(originals, tmp_path)
         return str(error.value)
 
     assert refusal("sdar", tmp_path / "out", "o/n") == (
-        "`checkpoint` must be given for 'sdar', whose checkpoints have no sizes in common: name one of them."
+        "`checkpoint` must be given for 'sdar', whose checkpoints do not share sizes: name one of them."
+    )
+    assert refusal("llava_llada", tmp_path / "out", "o/n") == (
+        "`checkpoint` must be given for 'llava_llada', whose checkpoints do not share the processor of images: name "
+        "one of them."
     )
     assert refusal("llada", tmp_path / "out", "o/n", str(originals["LLaDA-MoE-7B-A1B-Instruct"])) == (
         "`checkpoint` must be of type 'llada', got 'llada_moe'."
@@ -226,3 +239,94 @@ def test_the_files_of_a_model_say_what_it_is(originals, tmp_path):
     model = hf_flashdlm.OpenDCoderModel.from_pretrained(originals["open-dcoder-0.5B"])
     model.save_pretrained(tmp_path)
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is hf_flashdlm.OpenDCoderModel
+
+
+# Models that see images
+
+
+PICTURE = str(lavida.GOLDENS / "images" / "wide.png")
+DESCRIBE = [{"role": "user", "content": [{"type": "image", "path": PICTURE}, {"type": "text", "text": "what"}]}]
+# Runs with the package and without it; a card names `picture.png`.
+DESCRIBES = f"""
+from transformers import AutoModelForImageTextToText, AutoProcessor, TextStreamer
+class Words(TextStreamer):
+    def on_finalized_text(self, text, stream_end=False):
+        words.append(text)
+def describe(folder):
+    global words
+    words = []
+    repo = dict(pretrained_model_name_or_path=folder, trust_remote_code=True)
+    processor, model = AutoProcessor.from_pretrained(**repo), AutoModelForImageTextToText.from_pretrained(**repo)
+    options = dict(tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template([{DESCRIBE!r}], add_generation_prompt=True, **options)
+    options = dict(max_new_tokens=6, stop_at_eos=False, prefix_lm=True)
+    streamer = Words(processor.tokenizer, skip_prompt=True)
+    streamed = model.generate(**inputs, **options, streamer=streamer)
+    pipe = pipeline("image-text-to-text", folder, trust_remote_code=True)
+    (answer,) = pipe(text={DESCRIBE!r}, return_full_text=False, generate_kwargs=dict(options))
+    decoded = summary(model.generate(**inputs, **options, return_dict_in_generate=True))
+    assert streamed.tolist() == decoded["sequences"]
+    return dict(decoded=decoded, piped=answer["generated_text"], streamed="".join(words)), model, processor
+"""
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """The exported folder of a small LaViDa of each kind, and of a LLaDA-V."""
+    folder = tmp_path_factory.mktemp("seeing")
+    exported = {}
+    for kind in (*lavida.KINDS, "llada_v"):
+        (folder / kind).mkdir()
+        if kind == "llada_v":
+            original = lavida.write_llada_v(folder / kind)
+        else:
+            original = lavida.write_checkpoint(folder / kind, kind, image_token_id=lavida.IMAGE)
+        (original / "generation_config.json").write_text('{"max_new_tokens": 6}')
+        exported[kind] = export_model(str(original), folder / f"lavida-{kind}", f"o/lavida-{kind}")
+    return exported
+
+
+def test_a_repository_that_sees_images_holds_its_processor(seeing):
+    for kind, folder in seeing.items():
+        files = list_files(folder)
+        assert {"processing_lavida.py", "processor_config.json", "README.md"} <= files.keys()
+        assert "processing_original.py" not in files
+        settings = json.loads((folder / "processor_config.json").read_text())
+        assert settings["auto_map"] == {"AutoProcessor": "processing_lavida.LavidaProcessor"}
+        config = json.loads((folder / "config.json").read_text())
+        assert config["auto_map"].keys() == {"AutoConfig", "AutoModel", "AutoModelForImageTextToText"}
+        assert config["image_token_id"] == lavida.IMAGE
+        weights = (folder.with_name(kind) / "model.safetensors").read_bytes()
+        assert (folder / "model.safetensors").read_bytes() == weights
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.pipeline_tag == "image-text-to-text"
+        assert "AutoProcessor.from_pretrained(**repo)" in usage(card.content)
+        again = export_model(str(folder), folder.with_name(f"again-{kind}"), "o/again")
+        assert list_files(again).keys() == files.keys()
+        assert (again / "chat_template.jinja").read_text() == (folder / "chat_template.jinja").read_text()
+
+
+@pytest.mark.heavy
+def test_a_repository_describes_an_image_without_the_package_as_with_it(run_apart, seeing, tmp_path):
+    code = export_code("llava_dream", tmp_path / "code", "o/code", str(seeing["dream"]))
+    names = {"summary": summary, "pipeline": pipeline}
+    exec(DESCRIBES, names)
+    expected, cards = {}, ""
+    for kind, folder in seeing.items():
+        expected[kind] = names["describe"](str(folder))[0]
+        assert expected[kind]["piped"] == expected[kind]["streamed"] != ""
+        push(folder, f"o/lavida-{kind}", token=TOKEN)
+        cards += usage((folder / "README.md").read_text()) + "assert output.nfe > 0\n"
+    answers = run_apart(f"""{APART}{SUMMARY}{DESCRIBES}
+import shutil
+shutil.copyfile({PICTURE!r}, "picture.png")
+answers = {{}}
+for kind in {list(seeing)!r}:
+    answers[kind], model, processor = describe("o/lavida-" + kind)
+    assert {{type(one).__module__.partition(".")[0] for one in (model, processor)}} == {{"transformers_modules"}}
+processor = AutoProcessor.from_pretrained({str(code)!r}, trust_remote_code=True)
+assert processor.image_token_id == {lavida.IMAGE}
+{cards}
+print(json.dumps(answers))
+""")
+    assert answers == expected

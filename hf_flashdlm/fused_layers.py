@@ -1,0 +1,158 @@
+"""Layers of few operations: RMS norm, rotary positions and attention of decoders like Llama.
+
+Owns how these are computed, for LLaDA and in place of the layers of Transformers with the same weights and results.
+Knows nothing of masks, steps, policies, or why a cache is frozen where it is.
+
+Shapes: B batch, T positions fed to this call, K keys attended to, H query heads, G key and value heads.
+"""
+
+import torch
+from torch.nn.functional import rms_norm
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
+from transformers.modeling_rope_utils import dynamic_rope_update
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+    eager_attention_forward,
+)
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from .compiling import takes_past_key_values
+
+
+class FusedRMSNorm(LlamaRMSNorm):
+    """
+    [`~transformers.models.llama.modeling_llama.LlamaRMSNorm`] in one operation, if weight and states have one dtype.
+    """
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if hidden_states.dtype != self.weight.dtype:
+            return super().forward(hidden_states)
+        return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
+
+
+class FusedRotaryEmbedding(LlamaRotaryEmbedding):
+    """
+    [`~transformers.models.llama.modeling_llama.LlamaRotaryEmbedding`] whose sines are negative in the first half of a
+    head, which is the sign that [`rotate`] needs.
+    """
+
+    keeps_float32 = False
+
+    @torch.no_grad()
+    @dynamic_rope_update
+    def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
+        angles = position_ids[..., None] * torch.cat((-inv_freq, inv_freq))  # (B or 1, T, head_dim), float32
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
+        return (cos, sin) if self.keeps_float32 else (cos.to(x.dtype), sin.to(x.dtype))
+
+
+def rotate(
+    query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""
+    Rotate queries and keys together by the angles of their positions, in the dtype of the angles.
+
+    Args:
+        query (`torch.Tensor` of shape `(batch_size, sequence_length, n_heads, head_dim)`): Queries.
+        key (`torch.Tensor` of shape `(batch_size, sequence_length, n_kv_heads, head_dim)`): Keys.
+        cos, sin (`torch.Tensor` of shape `(batch_size, sequence_length, head_dim)`): From [`FusedRotaryEmbedding`].
+
+    Returns:
+        `tuple`: the same in their own dtype, with heads before positions.
+    """
+    states = torch.cat((query, key), dim=2)
+    half = states.roll(states.shape[-1] // 2, -1)
+    rotated = torch.addcmul(states * cos.unsqueeze(2), half, sin.unsqueeze(2)).to(states.dtype).transpose(1, 2)
+    return rotated[:, : query.shape[2]], rotated[:, query.shape[2] :]
+
+
+def attend(
+    module,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    attention_mask: torch.Tensor | None,
+    cache: Cache | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    r"""
+    Attention before its output projection.
+
+    Args:
+        module (`torch.nn.Module`): Has the projections and settings of an attention module of Transformers.
+        hidden_states (`torch.Tensor` of shape `(batch_size, sequence_length, hidden_size)`): After the norm.
+        position_embeddings (`tuple[torch.Tensor, torch.Tensor]`): From [`FusedRotaryEmbedding`].
+        attention_mask (`torch.Tensor`, *optional*): In the form of the attention backend.
+        cache (`Cache`, *optional*): Takes the keys and values of this call and gives back those to attend to.
+
+    Returns:
+        `tuple`: states of shape `(batch_size, sequence_length, n_heads * head_dim)`, and the attention weights, `None`
+        where the backend does not give them.
+    """
+    input_shape = hidden_states.shape[:-1]
+    head_shape = (*input_shape, -1, module.head_dim)
+    query, key, value = (
+        project(hidden_states).view(head_shape) for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if hasattr(module, "q_norm"):
+        query, key = module.q_norm(query), module.k_norm(key)
+    query, key = rotate(query, key, *position_embeddings)  # (B, H, T, head_dim), (B, G, T, head_dim)
+    value = value.transpose(1, 2)
+    if cache is not None:
+        key, value = cache.update(key, value, module.layer_idx)  # (B, G, K, head_dim)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    output, weights = attention(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=module.attention_dropout if module.training else 0.0,
+        scaling=module.scaling,
+        sliding_window=getattr(module, "sliding_window", None),
+        **kwargs,
+    )
+    return output.reshape(*input_shape, -1), weights
+
+
+class _FusedAttention:
+    """The forward of an attention module of Transformers, by [`attend`]."""
+
+    @takes_past_key_values
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, cache=None, **kwargs):
+        output, weights = attend(self, hidden_states, position_embeddings, attention_mask, cache, **kwargs)
+        return self.o_proj(output), weights  # type: ignore[attr-defined]  # of the module that this is mixed into
+
+
+class FusedLlamaAttention(_FusedAttention, LlamaAttention):
+    """Attention of Llama by [`attend`]."""
+
+
+class FusedQwen2Attention(_FusedAttention, Qwen2Attention):
+    """Attention of Qwen2 by [`attend`]."""
+
+
+class FusedQwen3Attention(_FusedAttention, Qwen3Attention):
+    """Attention of Qwen3 by [`attend`]."""
+
+
+_FUSED: dict[type, type] = {
+    LlamaAttention: FusedLlamaAttention,
+    Qwen2Attention: FusedQwen2Attention,
+    Qwen3Attention: FusedQwen3Attention,
+    **dict.fromkeys((LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), FusedRMSNorm),
+    **dict.fromkeys((LlamaRotaryEmbedding, Qwen2RotaryEmbedding, Qwen3RotaryEmbedding), FusedRotaryEmbedding),
+}
+
+
+def fuse_layers(model: PreTrainedModel) -> None:
+    """Let the layers of a Llama, Qwen2 or Qwen3 take fewer operations, in place: weights and their names stay."""
+    for module in model.modules():
+        module.__class__ = _FUSED.get(type(module), type(module))

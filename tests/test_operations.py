@@ -1,0 +1,167 @@
+"""What a layer and a step launch: the counter, the numbers of LLaDA and Dream, and results as before."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import rms_norm, scaled_dot_product_attention
+from transformers import AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
+
+from hf_flashdlm.bench.operations import OperationCounter, layer_operations, operations_within
+from hf_flashdlm.fused_layers import (
+    FusedQwen2Attention,
+    FusedQwen3Attention,
+    FusedRMSNorm,
+    FusedRotaryEmbedding,
+    fuse_layers,
+)
+
+
+def count(work):
+    with torch.inference_mode(), OperationCounter() as counter:
+        work()
+    return dict(counter.counts)
+
+
+STATES = torch.randn(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("work", "counts"),
+    [
+        (lambda: STATES.view(6, 4).transpose(0, 1)[1:], {}),
+        (lambda: STATES.to(torch.float32).reshape(6, 4).contiguous(), {}),
+        (lambda: nn.functional.dropout(STATES, 0.5, training=False), {}),
+        (lambda: STATES.transpose(0, 1).reshape(6, 4), {"aten::clone": 1}),
+        (lambda: STATES.to(torch.bfloat16), {"aten::_to_copy": 1}),
+        (lambda: STATES.clone().mul_(2), {"aten::clone": 1, "aten::mul_": 1}),
+        (lambda: nn.functional.linear(STATES, torch.ones(5, 4)), {"aten::ones": 1, "aten::mm": 1}),
+        (lambda: STATES.sum().item(), {"aten::sum": 1, "aten::_local_scalar_dense": 1}),
+        (lambda: rms_norm(STATES, (4,)), {"aten::rms_norm": 1}),
+        (lambda: scaled_dot_product_attention(STATES, STATES, STATES), {"aten::scaled_dot_product_attention": 1}),
+    ],
+)
+def test_all_but_views_count_and_rms_norm_and_attention_are_whole(work, counts):
+    assert count(work) == counts
+
+
+def test_operations_are_attributed_to_the_forwards_of_modules():
+    first, second = nn.ReLU(), nn.Sequential(nn.ReLU(), nn.ReLU())
+    with torch.inference_mode(), OperationCounter() as counter, operations_within(counter, [first, second]) as counts:
+        second(first(STATES) + 1)
+    assert (counter.total, counts) == (4, [1, 2])
+    assert not first._forward_hooks and not second._forward_pre_hooks
+
+
+LAYERS = {
+    "model_llada": 21,
+    "model_llada_gqa": 21,
+    "model_dream": 20,
+    "families/block_ar/model_fast_dllm_v2": 20,
+    "families/block_ar/model_a2d_qwen3": 22,
+}
+
+
+@pytest.fixture(scope="module")
+def half(golden_path):
+    return lambda name: AutoModelForCausalLM.from_pretrained(golden_path / name, dtype=torch.bfloat16).eval()
+
+
+@pytest.fixture(scope="module")
+def golden_path(request):
+    return request.path.parent / "goldens"
+
+
+@pytest.mark.parametrize(("name", "operations"), LAYERS.items())
+def test_a_layer_in_bfloat16_takes_few_operations(half, name, operations):
+    assert set(layer_operations(half(name))) == {operations}
+
+
+def test_a_mask_costs_no_more_than_repeating_the_keys_and_values(half):
+    """Which the attention of Transformers does under a mask, if queries share them. No cache, no copies into it."""
+    for name, operations in (("model_llada", 19), ("model_llada_gqa", 21), ("model_dream", 20)):
+        model, mask = half(name), torch.ones(1, 8, dtype=torch.long)
+        mask[0, 0] = 0
+        layers = [module for module in model.modules() if type(module).__name__ in model._no_split_modules]
+        with torch.inference_mode(), OperationCounter() as counter, operations_within(counter, layers) as counts:
+            model(torch.arange(8)[None], attention_mask=mask, use_cache=False)
+        assert set(counts) == {operations}, name
+
+
+STEPS = {
+    # Ten draft a token for each position and measure how sure it is, one gathers the numbers, one writes the canvas.
+    "plain": (12, {"window_policy": "none"}),
+    "freecache": (12, {"window_policy": "freecache"}),
+    "freecache+window": (12, {"window_policy": "freecache", "right_window": 4, "block_length": 4}),
+}
+
+
+@pytest.mark.parametrize(("operations", "options"), STEPS.values(), ids=STEPS)
+def test_a_step_takes_few_operations_outside_of_the_forward(tiny, operations, options):
+    model, ids = tiny("llada"), torch.arange(1, 9)[None]
+
+    def outside(steps):
+        common = {"block_length": steps, "steps": steps, "stop_at_eos": False, "do_sample": False}
+        with torch.inference_mode(), OperationCounter() as counter, operations_within(counter, [model]) as counts:
+            model.generate(ids, max_new_tokens=steps, **(common | options))
+        assert len(counts) == steps
+        return counter.total - sum(counts)
+
+    assert (outside(16) - outside(8)) / 8 == operations
+
+
+PLAIN = {
+    "model_dream": {
+        FusedQwen2Attention: Qwen2Attention,
+        FusedRMSNorm: Qwen2RMSNorm,
+        FusedRotaryEmbedding: Qwen2RotaryEmbedding,
+    },
+    "families/block_ar/model_a2d_qwen3": {
+        FusedQwen3Attention: Qwen3Attention,
+        FusedRMSNorm: Qwen3RMSNorm,
+        FusedRotaryEmbedding: Qwen3RotaryEmbedding,
+    },
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", PLAIN)
+def test_results_are_those_of_the_layers_of_transformers(golden_path, name, attention):
+    ids = torch.randint(0, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+
+    def logits(dtype, plain):
+        path = golden_path / name
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention).eval()
+        swapped = {type(module) for module in model.modules()} & PLAIN[name].keys()
+        assert swapped == PLAIN[name].keys()
+        for module in model.modules():
+            module.__class__ = PLAIN[name].get(type(module), type(module)) if plain else type(module)
+        with torch.inference_mode():
+            return model(ids, attention_mask=mask, use_cache=False).logits[:, 5:].float()
+
+    exact = logits(torch.float32, plain=True)
+    torch.testing.assert_close(logits(torch.float32, plain=False), exact, atol=1e-4, rtol=1e-4)
+    # In bfloat16 every layer rounds: what counts is that the results are about as near to the exact ones as before.
+    fused, before = ((logits(torch.bfloat16, plain) - exact).square().mean() for plain in (False, True))
+    assert fused < 2 * before
+
+
+def test_fusing_keeps_weights_and_subclasses(tiny):
+    model = tiny("dream")
+    attention = model.model.layers[0].self_attn
+    assert isinstance(attention, FusedQwen2Attention) and isinstance(attention, Qwen2Attention)
+    before = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
+    fuse_layers(model)  # again: nothing is left to do
+    assert {name: weight.data_ptr() for name, weight in model.state_dict().items()} == before
+
+
+def test_a_norm_whose_weight_was_kept_in_float32_answers_as_that_of_transformers():
+    norm, plain = FusedRMSNorm(4), LlamaRMSNorm(4)
+    states = STATES.to(torch.bfloat16)
+    assert norm(states).dtype == plain(states).dtype == torch.float32
+    assert torch.equal(norm(states), plain(states))
+    torch.testing.assert_close(norm(STATES), plain(STATES))
