@@ -29,7 +29,7 @@ $(VENV)/smollm2: tests/requirements-smollm2.txt $(READY)
 
 # With lm-evaluation-harness, whose 600 MB lie in an environment of their own, on top of the usual one.
 test-eval: .venv-eval/ready
-	.venv-eval/bin/python -m pytest tests/test_harness.py tests/test_evaluate.py
+	.venv-eval/bin/python -m pytest -n 2 tests/test_harness.py tests/test_evaluate.py
 
 .venv-eval/ready: tests/requirements-eval.txt $(READY)
 	$(PYTHON) -m venv .venv-eval

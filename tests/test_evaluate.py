@@ -10,7 +10,8 @@ from hf_flashdlm.cli import main
 from hf_flashdlm.tiny import FOLDER
 
 
-COMMAND = ["evaluate", "--model", str(FOLDER / "dlm"), "--device", "cpu", "--new-tokens", "24", "--num-samples", "2"]
+COMMAND = ["evaluate", "--model", str(FOLDER / "dlm"), "--device", "cpu", "--new-tokens", "24"]
+COMMAND += ["--num-samples", "2", "--dtype", "float32"]
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):
@@ -159,7 +160,8 @@ def test_a_metric_is_chosen_by_name(folder, capsys):
     ],
 )
 def test_what_cannot_be_measured_is_refused(folder, capsys, arguments, message):
-    (folder / "broken.yaml").write_text("task: broken\ndataset_path: json\n", encoding="utf-8")
+    data = f"dataset_kwargs: {{data_files: {{test: {folder}/none.jsonl}}}}"
+    (folder / "broken.yaml").write_text(f"task: broken\ndataset_path: json\n{data}\n", encoding="utf-8")
     assert main([*COMMAND, *arguments.replace("{}", str(folder)).split()]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("flashdlm: " + message.replace("{}", str(folder)))

@@ -33,11 +33,11 @@ def manager(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoint():
-    return Checkpoint.load(TINY, "cpu")
+    return Checkpoint.load(TINY, "cpu", "float32")
 
 
 def model(batch_size=4, **options):
-    return FlashDLM(TINY, device="cpu", batch_size=batch_size, **options)
+    return FlashDLM(TINY, device="cpu", dtype="float32", batch_size=batch_size, **options)
 
 
 def ask(lm, kind, *arguments):
@@ -59,7 +59,7 @@ def test_a_task_is_answered_as_generate_answers(manager, checkpoint, batch_size,
     decode = {name: value for name, value in options.items() if not name.startswith("guider")}
     if "guider" in options:
         rule = {"combine": "intersection", "confidence_threshold": 0.5}
-        decode["guider"] = checkpoint.load_guider(options["guider"], "cpu", **rule)
+        decode["guider"] = checkpoint.load_guider(options["guider"], "cpu", "float32", **rule)
     alone = [checkpoint.continue_prompts([question], decode | {"max_new_tokens": 40}) for question in QUESTIONS[:4]]
     assert [sample["resps"][0][0].strip() for sample in found["samples"]["words"]] == [each.texts[0] for each in alone]
     right = [final_number(each.texts[0]) == problem.final for each, problem in zip(alone, problems(4), strict=False)]
@@ -185,7 +185,7 @@ def test_an_answer_longer_than_the_model_is_refused():
 
 
 def test_the_models_themselves_can_be_given(checkpoint):
-    guider = ARGuider(checkpoint.load_guider(str(FOLDER / "guider"), "cpu").model)
+    guider = ARGuider(checkpoint.load_guider(str(FOLDER / "guider"), "cpu", "float32").model)
     lm = FlashDLM(checkpoint.model, tokenizer=checkpoint.tokenizer, guider=guider, method="flashdlm")
     assert ask(lm, "generate_until", (QUESTIONS[0] + "\nAnswer:", until()))[0]
     assert lm.run.guider_forwards > 0
@@ -194,8 +194,8 @@ def test_the_models_themselves_can_be_given(checkpoint):
 @pytest.mark.heavy
 def test_the_command_of_the_harness_knows_the_model(tmp_path):
     folder = write_tasks(tmp_path)
-    arguments = f"""run --model flashdlm --model_args pretrained={TINY},method=fast-dllm --tasks words --limit 2
-        --include_path {folder} --device cpu --batch_size 2 --apply_chat_template""".split()
+    arguments = f"""run --model flashdlm --model_args pretrained={TINY},method=fast-dllm,dtype=float32 --tasks words
+        --limit 2 --include_path {folder} --device cpu --batch_size 2 --apply_chat_template""".split()
     command = [sys.executable, "-m", "hf_flashdlm.evaluation", *arguments]
     run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert run.returncode == 0, run.stderr

@@ -63,7 +63,7 @@ def expected():
     """The answers to `QUESTIONS`, each decoded alone."""
     from hf_flashdlm.prompting import Checkpoint
 
-    checkpoint = Checkpoint.load(str(FOLDER / "dlm"), "cpu")
+    checkpoint = Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
     options = {"max_new_tokens": 8, "block_length": 8}
     return [checkpoint.continue_prompts([question], options).texts[0] for question in QUESTIONS]
 
