@@ -177,16 +177,14 @@ def check_numbers(generation_config: GenerationConfig) -> None:
             raise ValueError(f"`{name}` must lie between {SMALLEST} and {LARGEST}, got {value}: scores overflow.")
 
 
-def mask_token_id_of(model, options: DiffusionOptions) -> int:
-    """The mask token that is written on the canvas."""
-    mask_token_id = options.mask_token_id
-    if mask_token_id is None:
-        mask_token_id = getattr(model.config, "mask_token_id", None)
+def mask_token_id_of(model, given: int | None) -> int:
+    """The mask token of a canvas: that `given`, by default the model's."""
+    mask_token_id = getattr(model.config, "mask_token_id", None) if given is None else given
     vocab_size = model.config.get_text_config().vocab_size
-    if mask_token_id is None or mask_token_id >= vocab_size:
+    if not isinstance(mask_token_id, int) or mask_token_id not in range(vocab_size):
         raise ValueError(
-            f"`mask_token_id` must be an id of the model's vocabulary of {vocab_size}, got {mask_token_id}: set it in "
-            "`model.config` or pass it to `generate`."
+            f"`mask_token_id` must be an id of the model's vocabulary of {vocab_size}, got {mask_token_id}: pass that "
+            "of the tokenizer's mask token, or set it in `model.config`."
         )
     return mask_token_id
 

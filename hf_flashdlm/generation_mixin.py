@@ -221,7 +221,7 @@ class FlashDLMGenerationMixin(_Model):
         max_length = int(generation_config.max_length)
         num_new = max_length - input_ids.shape[1]
         options = _read_options(self, generation_config, num_new, guider)
-        mask_token_id = mask_token_id_of(self, options)
+        mask_token_id = mask_token_id_of(self, options.mask_token_id)
         logits_processor, guidance = _split_guidance(logits_processor)
         layout = lay_out(self, input_ids, model_kwargs.get("attention_mask"), guidance, max_length)
         check_prompt(self, layout, mask_token_id, max_length)
@@ -290,6 +290,7 @@ def make_bidirectional(model: PreTrainedModel) -> PreTrainedModel:
     """
     Let every position of a decoder-only model see every other, in place, as a masked diffusion model trained from its
     architecture needs. For models whose attention follows `is_causal` of Transformers (Llama, Qwen2, Qwen3, others).
+    Files of a class that has attention blocks, such as SDAR's, cannot say it: once saved, a model has them again.
     """
     drop_causality(model)
     if attention_block_length(model) is not None:

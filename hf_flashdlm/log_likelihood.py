@@ -14,6 +14,7 @@ from transformers.utils import ModelOutput
 from .block_causal import AttentionBlocks, attention_block_length, counts_from_row
 from .compiling import device_of
 from .denoiser import ClassifierFreeGuidance, Denoiser
+from .generation_inputs import mask_token_id_of
 from .windows import Window
 
 
@@ -84,7 +85,7 @@ def log_likelihood(  # noqa: PLR0913, options of the user's, by keyword
     Raises:
         ValueError: If there is nothing to estimate, or an option has another form.
     """
-    mask_token_id = _mask_token_id(model, mask_token_id)
+    mask_token_id = mask_token_id_of(model, mask_token_id)
     _check(model, prompts, answers, num_samples, batch_size)
     counts = [num_samples] * len(answers) if masks is None else [len(drawn) for drawn in masks]
     sums = [torch.zeros(count, dtype=torch.double) for count in counts]
@@ -127,17 +128,6 @@ def draw_masks(length: int, num_samples: int, generator: torch.Generator | None 
     numbers = (numbers - 1) % length + 1
     order = torch.rand(num_samples, length, generator=generator).argsort(1).argsort(1)
     return order < numbers[:, None]
-
-
-def _mask_token_id(model, mask_token_id: int | None) -> int:
-    if mask_token_id is None:
-        mask_token_id = getattr(model.config, "mask_token_id", None)
-    if not isinstance(mask_token_id, int) or mask_token_id >= model.config.get_text_config().vocab_size:
-        raise ValueError(
-            f"`mask_token_id` must be an id of the model's vocabulary, got {mask_token_id}: set it in `model.config` "
-            "or pass it."
-        )
-    return mask_token_id
 
 
 def _check(model, prompts, answers, num_samples: int, batch_size: int) -> None:

@@ -286,7 +286,7 @@ def test_a_table_is_aligned():
         (["--ablate", "--guiders", "a/x,b/x"], "`--guiders` must be folders of different names"),
         (["--show", "/no/such.json"], "`--show` must be a file that `--json` has written"),
         (["--show", str(TINY / "dlm" / "config.json")], "`--show` must be a file that `--json` has written"),
-        (["--ablate", "--json", str(TINY / "dlm" / "config.json")], "`--json` must be a new file or one of an abl"),
+        (["--ablate", "--json", str(TINY / "dlm" / "config.json")], "`--json` must be a new file or one that"),
     ],
 )
 def test_a_mistake_is_one_sentence(bench, arguments, message):

@@ -5,11 +5,14 @@ import re
 
 import pytest
 import torch
-from cases import TINY
+from cases import CHARACTERS, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from recorded_decodes import GOLDENS
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_flashdlm import ARGuider, diffusion_generate, make_bidirectional, make_block_causal
 
@@ -223,6 +226,24 @@ def test_a_guided_row_decodes_alone_as_in_an_uneven_batch(family, decode, guider
     assert batch.drafts_judged.sum() > 0
     for text, prompt in zip(texts(batch, PROMPTS), PROMPTS, strict=True):
         assert [text] == texts(decode(model, [prompt], **options), [prompt])
+
+
+def test_a_guider_with_another_vocabulary_reads_text(family, decode, tiny, tokenizer):
+    """As LLaDA2 has no autoregressive model of its own vocabulary."""
+    model, words = family("llada2/model_llada2", 4), WordLevel({one: i for i, one in enumerate(CHARACTERS[:320])})
+    words.unk_token = CHARACTERS[0]
+    backend = Tokenizer(words)
+    backend.pre_tokenizer, backend.decoder = tokenizer.backend_tokenizer.pre_tokenizer, Fuse()
+    canvas_tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, mask_token=CHARACTERS[311])
+    options = dict(max_new_tokens=11, mask_token_id=311, pad_token_id=0, stop_at_eos=False)
+    options["guider"] = ARGuider(
+        tiny("guider"), "topk", top_k=60, tokenizer=tokenizer, canvas_tokenizer=canvas_tokenizer
+    )
+    batch = decode(model, PROMPTS, **options)
+    assert 0 < batch.drafts_accepted.sum() < batch.drafts_judged.sum()
+    for row, (text, prompt) in enumerate(zip(texts(batch, PROMPTS), PROMPTS, strict=True)):
+        alone = decode(model, [prompt], **options)
+        assert [text] == texts(alone, [prompt]) and batch.accepted_lengths[row] == alone.accepted_lengths[0]
 
 
 def test_a_guider_wins_over_the_recommended_choice_of_tokens(family, guider):

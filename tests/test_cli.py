@@ -17,8 +17,9 @@ from hf_flashdlm.tiny import FOLDER as TINY
 ROOT = Path(__file__).parents[1]
 QUESTION = "Adam has 3 coins. Nora gives Adam 4 more coins. How many coins does Adam have now?"
 SHORT = ["generate", "--model", str(TINY / "dlm"), "--device", "cpu", "--max-new-tokens", "8", "--block-length", "8"]
-GENERATE_OPTIONS = """--model --guider --prompt --image --max-new-tokens --block-length --steps --confidence-threshold
---window-policy --temperature --seed --dtype --device --chat --no-chat --stream --stats""".split()
+GENERATE_OPTIONS = """--model --guider --prompt --image --max-new-tokens --block-length --steps
+--confidence-threshold --window-policy --temperature --seed --dtype --device --chat --no-chat --stream --stats --input
+--output --batch-size --bad-lines""".split()
 CHAT_OPTIONS = """--model --guider --max-new-tokens --block-length --temperature --seed --dtype --device
 --system""".split()
 DEMO_OPTIONS = "--problems --batch-size --repeats --show --seed --json".split()
@@ -42,7 +43,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("generate", "chat", "demo", "bench", "export", "push"):
+    for command in ("generate", "chat", "demo", "bench", "evaluate", "export", "push"):
         assert f"\n    {command} " in printed
 
 
@@ -53,7 +54,9 @@ def test_the_package_runs_as_a_module():
     assert run.stdout == f"flashdlm {hf_flashdlm.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", ["--version", "--help", "bench --help", "export model --help", "chat --steps"])
+@pytest.mark.parametrize(
+    "arguments", ["--version", "--help", "bench --help", "evaluate --help", "export model --help", "chat --steps"]
+)
 def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     imported = """
 import sys

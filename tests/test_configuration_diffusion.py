@@ -97,8 +97,8 @@ def test_a_vocabulary_without_the_released_mask_token_has_to_be_told_it():
     with pytest.raises(ValueError) as error:
         model.generate(inputs, max_new_tokens=4)
     assert str(error.value) == (
-        "`mask_token_id` must be an id of the model's vocabulary of 320, got None: set it in `model.config` or pass "
-        "it to `generate`."
+        "`mask_token_id` must be an id of the model's vocabulary of 320, got None: pass that of the tokenizer's "
+        "mask token, or set it in `model.config`."
     )
     model = AutoModelForCausalLM.from_pretrained(path, mask_token_id=311)
     assert model.generate(inputs, max_new_tokens=4).shape == (1, inputs.shape[1] + 4)

@@ -157,8 +157,8 @@ REFUSALS = {
     # The mask token.
     **{
         f"mask-token-{value}": Refusal(
-            f"`mask_token_id` must be an id of the model's vocabulary of 512, got {value}: set it in `model.config` "
-            "or pass it to `generate`.",
+            f"`mask_token_id` must be an id of the model's vocabulary of 512, got {value}: pass that of the "
+            "tokenizer's mask token, or set it in `model.config`.",
             dict(mask_token_id=value),
         )
         for value in (512, 126336)

@@ -52,8 +52,9 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.sp
 # The folders, which never ship, and the folders that each may import. All may import the library.
 FOLDERS = {
     "bench": {"console", "tiny"},
-    "cli": {"bench", "console", "hub", "tiny"},
+    "cli": {"bench", "console", "evaluation", "hub", "tiny"},
     "console": {"hub"},
+    "evaluation": {"bench", "console", "hub", "tiny"},
     "hub": {"tiny"},
     "tiny": set(),
 }

@@ -138,7 +138,8 @@ REFUSED = {
     "mask": (
         ([[1]], [[2]]),
         {"mask_token_id": 512},
-        "`mask_token_id` must be an id of the model's vocabulary, got 512: set it in `model.config` or pass it.",
+        "`mask_token_id` must be an id of the model's vocabulary of 512, got 512: pass that of the tokenizer's mask "
+        "token, or set it in `model.config`.",
     ),
 }
 

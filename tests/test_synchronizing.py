@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from hf_flashdlm import LLaDAModelLM
 from hf_flashdlm.synchronizing import SynchronizedDenoiser
@@ -31,17 +33,23 @@ def work(rank, path, queue):
         torch.tensor(PROMPTS[rank]), synced_gpus=True, return_dict_in_generate=True, **options(rank)
     )
     distributed.barrier()
-    queue.put((rank, len(forwards), output.nfe.tolist(), output.sequences.tolist()))
+    sharded, mesh = LLaDAModelLM.from_pretrained(MODEL).eval(), init_device_mesh("cpu", (2,))
+    for module in (*sharded.model.transformer.blocks, sharded):
+        fully_shard(module, mesh=mesh)
+    same = sharded.generate(torch.tensor(PROMPTS[rank]), **options(rank)).equal(output.sequences)
+    distributed.barrier()
+    queue.put((rank, len(forwards), output.nfe.tolist(), output.sequences.tolist(), same))
     distributed.destroy_process_group()
 
 
 def test_a_process_whose_rows_are_finished_goes_on_until_all_are(tmp_path, tiny):
     queue = multiprocessing.get_context("spawn").SimpleQueue()
     multiprocessing.start_processes(work, (tmp_path / "store", queue), 2, start_method="spawn")
-    for rank, forwards, nfe, sequences in sorted(queue.get() for _ in range(2)):
+    for rank, forwards, nfe, sequences, is_same_sharded in sorted(queue.get() for _ in range(2)):
         assert forwards == 12, "as many as the longest decode has"
         assert sequences == tiny("llada").generate(torch.tensor(PROMPTS[rank]), **options(rank)).tolist()
         assert nfe == [LENGTHS[rank]] * len(PROMPTS[rank]), "empty forwards are not counted"
+        assert is_same_sharded, "FSDP2 gathers the weights of a layer in each forward, in all processes at once"
 
 
 def test_every_forward_is_announced_and_the_end_is_waited_for(monkeypatch):

@@ -125,7 +125,7 @@ def read_rows(path: str | None) -> dict[str, dict]:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
         return {row["key"]: row for row in record["rows"] + record["earlier"]}
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"`--json` must be a new file or one of an ablation, got {path!r}.") from error
+        raise ValueError(f"`--json` must be a new file or one that this command has written, got {path!r}.") from error
 
 
 def measure_setting(models: Models, setting: Setting, workload: Workload, repeats: int) -> dict:

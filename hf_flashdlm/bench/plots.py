@@ -52,6 +52,28 @@ def plot_bench(record: dict, path: Path) -> None:
     _save(figure, path)
 
 
+def plot_evaluation(record: dict, path: Path) -> None:
+    """Seconds per problem of each method, with its score and its forwards; a panel for each task."""
+    tasks = list(dict.fromkeys(row["task"] for row in record["rows"]))
+    groups = [[row for row in record["rows"] if row["task"] == task] for task in tasks]
+    heights = [1 + 0.4 * len(rows) for rows in groups]
+    figure, panels = plt.subplots(
+        len(tasks), 1, figsize=(8, sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for panel, task, rows in zip(panels[:, 0], tasks, groups, strict=True):
+        seconds = [row["seconds"] for row in rows]
+        panel.barh(range(len(rows)), seconds, color=[COLORS[row["guider_forwards"] > 0] for row in rows])
+        for place, row in enumerate(rows):
+            score = f"{100 * row['score']:.1f} %" if row["is_share"] else f"{row['score']:.3g}"
+            words = f" {row['seconds']:.3g} s, {row['nfe']:.1f} forwards, {score}"
+            panel.annotate(words, (row["seconds"], place), va="center", fontsize=8)
+        panel.set(title=f"{Path(task).name}: {rows[0]['metric']}", xlabel="seconds per problem")
+        panel.set_xlim(0, 1.6 * max(seconds))
+        panel.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        panel.invert_yaxis()  # the first method on top
+    _save(figure, path)
+
+
 def plot_ablation(record: dict, folder: Path) -> None:
     """`pareto.png`, accuracy against forwards and seconds, and `seconds.png`, bars of the parts."""
     _plot_tradeoff([row for row in record["rows"] if not row["options"].get("do_sample")], folder / "pareto.png")

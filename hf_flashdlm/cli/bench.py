@@ -97,7 +97,7 @@ def integers(text: str) -> list[int]:
 
 def command_line(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     """The command that `args` came from, without what is at its default."""
-    words = ["flashdlm", "bench"]
+    words = ["flashdlm", parser.prog.split()[-1]]
     for name, value in vars(args).items():
         if name != "run" and value != parser.get_default(name):
             words.append("--" + name.replace("_", "-"))

@@ -1,5 +1,5 @@
-"""The command line: `flashdlm generate`, `flashdlm chat`, `flashdlm demo`, `flashdlm bench`, `flashdlm export`
-and `flashdlm push`.
+"""The command line: `flashdlm generate`, `flashdlm chat`, `flashdlm demo`, `flashdlm bench`, `flashdlm evaluate`,
+`flashdlm export` and `flashdlm push`.
 
 Owns the arguments, what goes to which stream, and the exit codes: 0, 2 with one sentence on standard error for a
 mistake of the user's, 130 after an interrupt. Knows nothing of checkpoints or of how decoding works.
@@ -19,8 +19,10 @@ from ..console.terminal import guarded_terminal, visible
 from ..generation_config import WINDOW_POLICIES
 from ..version import __version__
 from .bench import add_commands as add_bench
+from .evaluate import add_evaluate
 from .files import check_writable
 from .hub import add_commands
+from .many import add_file_arguments, answer_file, has_file
 
 
 # Options that are keywords of `generate`.
@@ -82,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_chat(commands)
     add_demo(commands)
     add_bench(commands)
+    add_evaluate(commands)
     add_commands(commands)
     return parser
 
@@ -103,6 +106,7 @@ def add_generate(commands) -> None:
     add("--chat", action=argparse.BooleanOptionalAction, help="use the chat template (default: if there is one)")
     add("--stream", action="store_true", help="show each text while it forms")
     add("--stats", action="store_true", help="print forwards and seconds to standard error")
+    add_file_arguments(parser)
 
 
 def add_chat(commands) -> None:
@@ -164,6 +168,8 @@ def integer_from(least: int):
 
 def generate(args: argparse.Namespace) -> None:
     """`flashdlm generate`."""
+    if has_file(args):
+        return answer_file(args, load)
     from rich.console import Console
 
     from ..console.pictures import read_pictures

@@ -158,10 +158,7 @@ class Checkpoint:
         """
         `input_ids` and `attention_mask` of `prompts`, and what `generate` takes of `images`, on the model's device.
         """
-        has_template = self.tokenizer.chat_template is not None
-        if chat and not has_template:
-            raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
-        chat = has_template if chat is None else chat
+        chat = self.uses_chat_template(chat)
         if images and not chat:
             raise ValueError(
                 "`--image` puts pictures into the turns of a chat, got a prompt without a chat template: drop it, or "
@@ -177,6 +174,13 @@ class Checkpoint:
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | pixels
         return {name: value.to(self.model.device) for name, value in inputs.items()}
+
+    def uses_chat_template(self, chat: bool | None) -> bool:
+        """Whether prompts go into the chat template: as `chat` says, and by default if there is one."""
+        has_template = self.tokenizer.chat_template is not None
+        if chat and not has_template:
+            raise ValueError("`--chat` needs a chat template, which the tokenizer does not have: drop it.")
+        return has_template if chat is None else chat
 
     def _ids(self, prompt: Prompt, chat: bool, num_images: int) -> list[int]:
         if not chat:
