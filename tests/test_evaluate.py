@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import pytest
+from pages import ROOT, blocks, page
 
 from hf_flashdlm.cli import main
 from hf_flashdlm.tiny import FOLDER
@@ -115,6 +116,20 @@ def test_what_the_record_holds_is_not_measured_again(folder, tmp_path, capsys, m
     assert evaluate(folder, *arguments, limit=1) == 0
     assert len(runs) == 7, "another limit is another row"
     assert len(json.loads(path.read_text())["earlier"]) == 2
+
+
+def test_the_task_of_the_page_is_one(folder, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    from hf_flashdlm.evaluation import compare
+
+    file = folder / "page.yaml"
+    [text] = blocks(page("hf_flashdlm/evaluation/README.md"), "yaml")
+    file.write_text(text, encoding="utf-8")
+    monkeypatch.chdir(ROOT)
+    [task] = compare.load_task(TaskManager(include_defaults=False), str(file)).values()
+    assert len(task.test_docs()) == 600 and compare.new_tokens(task) == 64
+    assert task.doc_to_target(task.test_docs()[0]) == "26"
 
 
 def test_a_metric_is_chosen_by_name(folder, capsys):

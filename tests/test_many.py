@@ -145,6 +145,7 @@ def test_a_chat_needs_the_template(files, capsys):
         ("--input a", "`--output` is missing: `--input` needs a file for the answers."),
         ("--input a --output b --prompt c", "`--prompt` cannot be used with `--input`: drop one of them."),
         ("--input a --output b --stream", "`--stream` cannot be used with `--input`: drop one of them."),
+        ("--input a --output b --image c", "`--image` cannot be used with `--input`: drop one of them."),
         ("--input {}/no --output {}/b", "`--input` must be a file with prompts, got '{}/no', which is no file."),
         ("--input {}/empty --output {}/b", "`--input` must be a file with prompts, got '{}/empty', which is empty."),
         ("--input a --output /no/b", "`--output` must be a file in a folder that exists, got '/no/b'."),

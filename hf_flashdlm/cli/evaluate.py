@@ -32,6 +32,7 @@ def add_evaluate(commands) -> None:
     steps = "denoising steps of the methods that do not choose their number (default: one per token)"
     add("--steps", type=positive, metavar="N", help=steps)
     add("--batch-size", type=positive, default=1, metavar="N", help="prompts decoded together (default: 1)")
+    add("--fill-canvas", action="store_true", help="stop no method at the end of the text, as papers' loops do")
     metric = "name and filter, such as exact_match,flexible-extract (default: the task's first)"
     add("--metric", metavar="NAME,FILTER", help=metric)
     samples = "samples of the log-likelihood of an answer (default: 128)"

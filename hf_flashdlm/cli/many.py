@@ -24,7 +24,7 @@ LOG_SECONDS = 30  # between two lines about the progress, where no terminal show
 # Arguments that the answers depend on.
 DECIDING = "model guider max_new_tokens block_length steps confidence_threshold window_policy temperature seed dtype"
 DECIDING = (*DECIDING.split(), "chat", "batch_size")
-ONE_BY_ONE = ("prompt", "stream")  # arguments of prompts that are in no file
+ONE_BY_ONE = ("prompt", "stream", "image")  # arguments of prompts that are in no file
 
 
 def add_file_arguments(parser: argparse.ArgumentParser) -> None:

@@ -139,7 +139,8 @@ def plan(args: argparse.Namespace, tasks: dict[str, dict], models: Models, descr
         length = args.new_tokens or max(map(new_tokens, members.values()))
         recommended = getattr(models.model.generation_config, "block_length", None)
         block_length = min(args.block_length or recommended or 32, length)
-        options, chosen = {"block_length": block_length}, [LIKELIHOOD]
+        options = {"block_length": block_length, "stop_at_eos": not args.fill_canvas}
+        chosen = [LIKELIHOOD]
         if any(task.OUTPUT_TYPE == "generate_until" for task in members.values()):
             chosen = choose(args.methods, methods(args.steps or length, block_length), {}, models)
         config = key_of({key: task.dump_config() for key, task in members.items()})
