@@ -125,7 +125,11 @@ class LLaDA2MoeConfig(DiffusionConfig):
         "n_shared_experts": "num_shared_experts",
         "num_local_experts": "num_experts",
     }
-    base_model_tp_plan = Glm4MoeConfig.base_model_tp_plan
+    # Attention stays whole on each process: its weights are a single tensor in a checkpoint, which Transformers would
+    # cut before it becomes those of queries, keys and values.
+    base_model_tp_plan = {
+        name: plan for name, plan in Glm4MoeConfig.base_model_tp_plan.items() if ".self_attn." not in name
+    }
     base_model_ep_plan = Glm4MoeConfig.base_model_ep_plan
     base_model_pp_plan = Glm4MoeConfig.base_model_pp_plan
     released_mask_token_id = 156895

@@ -35,7 +35,7 @@ class Row:
     frontiers: list[int]  # first open position now, and as the k-th last forward saw it (0: none)
     written: list[int] = field(default_factory=list)  # positions written at the last step
     closed: list[int] = field(default_factory=list)  # positions that became final at the last step
-    history: list[dict[int, int]] = field(default_factory=list)  # for each step the tokens written, by position
+    writes: list[dict[int, int]] = field(default_factory=list)  # for each step the tokens written, by position
     probability: dict[int, float] = field(default_factory=dict)  # the model's of the tokens written, if measured
     written_entropy: float = 0.0  # the highest entropy of their distributions, if measured
     block_index: int = -1  # the block being unmasked, -1 before the first step
@@ -57,7 +57,7 @@ class Row:
     def write(self, drafts: dict[int, int], closed: Iterable[int] | None = None) -> None:
         """Write tokens at open positions, in order, and close the positions `closed`, by default those written."""
         self.written = list(drafts)
-        self.history.append(drafts)
+        self.writes.append(drafts)
         self.closed = self.written if closed is None else list(closed)
         for position, token in drafts.items():
             self.tokens[position], self.masked[position] = token, False

@@ -33,4 +33,6 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # With a `guider`, the tokens that it accepts are written; without it, every token that is probable enough.
     "flashdlm": {"window_policy": "freecache"},
+    # Recommended with a guider: masks after the current block are neither computed nor seen.
+    "flashdlm-fast": {"window_policy": "freecache", "grow_canvas": True, "block_length": 16},
 }

@@ -130,7 +130,7 @@ class RowEnds:
         sequences = padded([row.tokens for row in self.rows], self.pad_token_id)
         columns = range(longest)
         written_at = [
-            {position: step for step, written in enumerate(row.history) for position in written} for row in self.rows
+            {position: step for step, written in enumerate(row.writes) for position in written} for row in self.rows
         ]
         confidence = history = None
         if has_confidence:
@@ -152,10 +152,10 @@ class RowEnds:
 
     def _history(self, sequences: torch.Tensor) -> torch.Tensor:
         """The canvas after every step, `(num_steps, B, L)`, where a finished row looks as in `sequences`."""
-        num_steps = max(len(row.history) for row in self.rows)
+        num_steps = max(len(row.writes) for row in self.rows)
         history = sequences.repeat(num_steps, 1, 1)
         for index, (row, given) in enumerate(zip(self.rows, self.given, strict=True)):
-            for step, written in enumerate(row.history[:-1]):
+            for step, written in enumerate(row.writes[:-1]):
                 for position, token in written.items():
                     given[position] = token
                 canvas = given[self.skip :][: sequences.shape[1]]

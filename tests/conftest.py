@@ -47,6 +47,7 @@ HEAVY = {
     "test_readme",
     "test_serve",
     "test_synchronizing",
+    "test_tensor_parallel",
     "test_terminal_text",
 }
 

@@ -4,30 +4,35 @@ import argparse
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import reference
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 from transformers.generation.configuration_utils import CompileConfig
 
 from hf_flashdlm.bench import ablation, comparison, decoding
 from hf_flashdlm.bench.ablation_table import settings
+from hf_flashdlm.bench.decoding import Models
 from hf_flashdlm.bench.machine import Probe
-from hf_flashdlm.bench.models import guider_config, twin_config
+from hf_flashdlm.bench.models import guider_config, named_config, random_model, twin_config
 from hf_flashdlm.bench.recipe import Recipe
 from hf_flashdlm.bench.recipes import recipes
 from hf_flashdlm.bench.report import format_table
-from hf_flashdlm.bench.run import Run, binomial_interval
-from hf_flashdlm.bench.shapes import SHAPES
+from hf_flashdlm.bench.run import Run, binomial_interval, run
+from hf_flashdlm.bench.workload import problem_workload
 from hf_flashdlm.cli.bench import add_commands
 from hf_flashdlm.cli.command import Parser
+from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.generation_config import DiffusionOptions
 from hf_flashdlm.guider import ARGuider
 from hf_flashdlm.tiny import FOLDER as TINY
+from hf_flashdlm.tiny import problems
 
 
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
@@ -150,7 +155,50 @@ def test_the_record_has_its_schema_and_is_the_last_line(bench, capsys):
     # The table has a line for each row, under its headers.
     header = next(index for index, line in enumerate(lines) if line.startswith("method"))
     assert lines[header].split() == comparison.HEADERS
-    assert [line.split()[0] for line in lines[header + 1 : -1]] == list(rows)
+    assert [line.split()[0] for line in lines[header + 1 : header + 1 + len(rows)]] == list(rows)
+
+
+def test_the_autoregressive_twin_stops_where_the_answers_end():
+    options = {"max_new_tokens": 30, "block_length": 8, "stop_at_eos": True}
+    checkpoint = Checkpoint.load(str(TINY / "dlm"), "cpu", "auto")
+    workload = problem_workload(checkpoint, 5, 2, 0, options)
+    recipe = recipes(16, 4)["ar"]
+    lengths = [workload.fixed_lengths(recipe, index) for index in range(3)]
+    drawn = problems(5)
+    random.Random(0).shuffle(drawn)
+    held_out = [len(checkpoint.tokenizer(problem.answer).input_ids) + 1 for problem in drawn[:5]]
+    assert sum(lengths, []) == [min(length, 30) for length in held_out]
+    assert min(held_out) < 30 < max(held_out)
+    models = Models(checkpoint.model, checkpoint=checkpoint, twin=random_twin(checkpoint.model))
+    total = run(models, recipe, workload)
+    assert total.tokens == sum(sum(lengths, []))
+    assert len(total.forwards["twin"]) == sum(map(max, lengths))
+    filled = replace(workload, options=options | {"stop_at_eos": False})
+    assert filled.fixed_lengths(recipe, 0) is None and workload.fixed_lengths(recipes(16, 4)["plain"], 0) is None
+
+
+def random_twin(model):
+    return random_model(twin_config(model.config), torch.float32, model.device, 0)
+
+
+def test_the_best_method_is_fast_and_as_right_as_plain_ones():
+    rows = [
+        {"batch_size": 1, "method": name, "accuracy": accuracy, "seconds": seconds}
+        for name, accuracy, seconds in [
+            ("plain-eos", 0.95, 8.0), ("dual+threshold", 0.9, 2.0), ("guided", 0.945, 1.0), ("ar", None, 3.0),
+        ]
+    ]  # fmt: skip
+    assert comparison.report_best(rows) == ["", "best at batch 1: guided, 3.00x ar, 2.00x dual+threshold"]
+    assert comparison.report_best(rows[1:]) == [], "nothing says how right a plain decode is"
+
+
+def test_a_quick_look_sets_what_the_caller_leaves_open(bench, tmp_path, capsys):
+    path = tmp_path / "record.json"
+    bench("--config", "tiny", "--quick", "--problems", "1", "--methods", "ar,guided", "--json", str(path))
+    record = json.loads(path.read_text())
+    assert record["options"]["max_new_tokens"] == 64 and {row["batch_size"] for row in record["rows"]} == {1}
+    assert {row["num_rows"] for row in record["rows"]} == {1}
+    assert "batch 1, 1 runs of 2 methods will take about " in capsys.readouterr().err
 
 
 def test_random_weights_and_long_prompts(bench, tmp_path):
@@ -170,18 +218,20 @@ def test_random_weights_and_long_prompts(bench, tmp_path):
     assert rows[0]["accuracy"] is None and trained[0]["accuracy"] is not None
 
 
-@pytest.mark.parametrize("name", ["llada-8b", "dream-7b"])
+@pytest.mark.parametrize("name", ["llada-8b", "dream-7b", "llada-50m"])
 @pytest.mark.parametrize("guider", [None, "qwen2.5-0.5b"])
 def test_shapes_of_the_large_models(name, guider):
-    config = AutoConfig.for_model(SHAPES[name])
+    config = named_config(name)
     args = argparse.Namespace(guider=guider, config=name)
     with torch.device("meta"):
         sizes = [
             AutoModelForCausalLM.from_config(shape).num_parameters() / 1e9
             for shape in (config, guider_config(args, config), twin_config(config))
         ]
-    assert sizes[0] == sizes[2] == pytest.approx(8.02 if name == "llada-8b" else 7.62, abs=0.01)
-    assert sizes[1] == pytest.approx({None: 1.5, "qwen2.5-0.5b": 0.48}[guider], abs=0.06)
+    billions = {"llada-8b": 8.02, "dream-7b": 7.62, "llada-50m": 0.05}[name]
+    assert sizes[0] == sizes[2] == pytest.approx(billions, abs=0.01)
+    if name != "llada-50m":  # whose vocabulary is smaller
+        assert sizes[1] == pytest.approx({None: 1.5, "qwen2.5-0.5b": 0.48}[guider], abs=0.06)
 
 
 def test_every_method_has_options_that_generate_takes(tiny):
@@ -384,4 +434,4 @@ def test_threads_and_recipe_defaults(bench, monkeypatch, capsys):
     bench(*SHORT, "--methods", "plain-eos", "--threads", "2", "--fill-canvas")
     assert " 8.0 " in capsys.readouterr().out
     assert seen == [2]
-    assert Recipe("a") == Recipe("a", {}, None, {}, None, True, False, None)
+    assert Recipe("a") == Recipe("a", {}, None, {}, None, True, False, False, None)

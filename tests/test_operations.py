@@ -9,6 +9,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 
+from hf_flashdlm.bench.comparison import report_layers
 from hf_flashdlm.bench.operations import OperationCounter, layer_operations, operations_within
 from hf_flashdlm.fused_layers import (
     FusedQwen2Attention,
@@ -88,6 +89,12 @@ def test_a_mask_costs_no_more_than_repeating_the_keys_and_values(half):
         with torch.inference_mode(), OperationCounter() as counter, operations_within(counter, layers) as counts:
             model(torch.arange(8)[None], attention_mask=mask, use_cache=False)
         assert set(counts) == {operations}, name
+
+
+def test_the_bench_prints_the_operations_of_a_layer_and_reads_records_without_them():
+    models = {"model": {"operations_of_layers": [20, 20]}, "guider": {"operations_of_layers": [177, 149, 177]}}
+    assert report_layers(models) == ["operations of a layer: model 20, guider 149 or 177\n"]
+    assert report_layers({"model": {"parameters": 1}}) == [""]
 
 
 STEPS = {

@@ -20,9 +20,13 @@ compared with the built-in method of the same settings, which fills the canvas a
 the eager methods, each compared with itself compiled. Compilation happens in the warm-up before the runs; the record
 holds its seconds.
 
-`ar` decodes as many tokens as the canvas has, one at a time, with an autoregressive model of the same shape, random
-weights and a K/V cache. Random weights write one token per forward whatever the method: they measure the cost of a
-forward, not how many forwards are needed.
+`ar` decodes one token at a time with an autoregressive model of the same shape, random weights and a K/V cache: as
+many tokens as the longest correct answer of the batch has, as if it had written it; without answers, or where no
+method stops at the end of the text, as many as the canvas has. Random weights write one token per forward whatever the
+method: they measure the cost of a forward, not how many are needed.
+
+best: at each batch size the fastest method whose accuracy is within a point of the best plain decode, and how many
+times as fast it is as `ar` and as Fast-dLLM's best setting, `dual+threshold`.
 
 Owns the order of the runs and the arithmetic of the rows. Knows nothing of which methods there are, or of how decoding
 works.
@@ -46,6 +50,8 @@ from .run import Run, run
 from .workload import Workload, problem_workload, random_workload
 
 
+MARGIN = 0.01  # of the accuracy, which the best method may give away
+OPPONENTS = ("ar", "dual+threshold")
 RANDOM_PROMPT_LENGTH = 128  # of random ids, unless the caller names one
 HEADERS = "method batch accuracy% seconds /full /EOS NFE guider active tok/fwd tok/s peakMB outside% xfloor".split()
 OPERATIONS = ("operations_per_forward", "operations_per_step")  # of a row of the record
@@ -119,6 +125,7 @@ class Measured:
     recipe: Recipe
     runs: list[Run]
     warm_up_seconds: float
+    once: float  # seconds of the run after it
     peak_memory_bytes: int | None
     operations: dict[str, float | None]
 
@@ -138,8 +145,10 @@ def time_methods(
         # The memory for compiling and for counting is not counted as memory for decoding.
         seconds, operations = warm_up(models, recipe, workload)
         with peak_memory(models.model.device) as peak:
-            run(models, recipe, workload)
-        measured[recipe.name] = Measured(recipe, [], seconds, peak[0], operations)
+            once = run(models, recipe, workload).seconds
+        measured[recipe.name] = Measured(recipe, [], seconds, once, peak[0], operations)
+    seconds = sum(of_method.once for of_method in measured.values())
+    note(f"{repeats} runs of {len(measured)} methods will take about {repeats * seconds:.0f} s")
     # The methods take turns, so that a slow minute of the machine does not fall on a single method.
     for index in range(repeats):
         for name, of_method in measured.items():
@@ -241,12 +250,30 @@ def report_comparison(record: dict) -> str:
         f"memory: {ceilings['bytes_per_second'] / 1e9:.1f} GB/s",
         *report_layers(record["models"]),
         format_table(headers, rows),
+        *report_best(record["rows"]),
     ]
     for is_compiled in (False, True):
         lines += report_pairs(
             [row for row in record["rows"] if row.get("like") is not None and row["compiled"] == is_compiled]
         )
     return "\n".join(lines)
+
+
+def report_best(rows: list[dict]) -> list[str]:
+    """The best method at each batch size, beside the opponents; none where texts have no answers."""
+    lines = []
+    for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
+        measured = {row["method"]: row for row in rows if row["batch_size"] == batch_size}
+        plain = [row["accuracy"] for name, row in measured.items() if name in ("plain", "plain-eos")]
+        if not plain or None in plain:
+            continue
+        right = [row for row in measured.values() if (row["accuracy"] or 0) >= max(plain) - MARGIN]
+        best = min(right, key=lambda row: row["seconds"])
+        ratios = [
+            f"{measured[name]['seconds'] / best['seconds']:.2f}x {name}" for name in OPPONENTS if name in measured
+        ]
+        lines.append(f"best at batch {batch_size}: {best['method']}" + "".join(f", {ratio}" for ratio in ratios))
+    return ["", *lines] if lines else []
 
 
 def report_layers(models: dict[str, dict]) -> list[str]:

@@ -28,8 +28,9 @@ def load_models(args: argparse.Namespace, device: torch.device, canvas_length: i
         raise ValueError(f"`--dtype` must be auto or a dtype of torch, got {dtype!r}.")
     if args.random_weights:
         dtype = getattr(torch, plain_dtype if dtype == "auto" else dtype)
-        shape = SHAPES[args.config]
-        config = AutoConfig.from_pretrained(FOLDER / "dlm") if shape is None else AutoConfig.for_model(shape)
+        config = (
+            AutoConfig.from_pretrained(FOLDER / "dlm") if SHAPES[args.config] is None else named_config(args.config)
+        )
         # Nothing was trained, so nothing bounds the positions.
         config.max_position_embeddings = max(config.max_position_embeddings, canvas_length)
         model = random_model(config, dtype, device, args.seed)
@@ -39,6 +40,12 @@ def load_models(args: argparse.Namespace, device: torch.device, canvas_length: i
     checkpoint = Checkpoint.load(args.model or str(FOLDER / "dlm"), str(device), dtype)
     guider = args.guider or (str(FOLDER / "guider") if args.config == "tiny" else None)
     return Models.load(checkpoint, {} if guider is None else {"guider": guider}, device, dtype)
+
+
+def named_config(name: str):
+    """The configuration of a shape that is not embedded."""
+    model_type, sizes = SHAPES[name]
+    return AutoConfig.for_model(model_type, **sizes)
 
 
 def random_model(config, dtype: torch.dtype, device: torch.device, seed: int):

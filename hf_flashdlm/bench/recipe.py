@@ -19,6 +19,8 @@ class Recipe:
         rule (`dict`): Keywords of [`ARGuider`].
         loop (`Callable`, *optional*): `(models, inputs, options) -> ids (B, L)`, in place of `generate`.
         speaks (`bool`): Whether its texts mean something: else they have no end before the canvas's, and no answer.
+        stops_at_answers (`bool`):
+            Whether the workload says where a text ends, as if the model had written the correct answer.
         compiled (`bool`): Whether `generate` compiles the forwards.
         like (`str`, *optional*): Name of the recipe that writes the same tokens, to be compared with.
     """
@@ -29,5 +31,6 @@ class Recipe:
     rule: dict = field(default_factory=dict)
     loop: Callable | None = None
     speaks: bool = True
+    stops_at_answers: bool = False
     compiled: bool = False
     like: str | None = None

@@ -24,6 +24,7 @@ def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
     sure = METHODS["fast-dllm"]
     window = {"right_window": 2 * block_length}
     both = {"combine": "intersection", "confidence_threshold": 0.5}
+    fast = METHODS["flashdlm-fast"] | {"method": "flashdlm-fast"}  # its block length yields to a shorter canvas
 
     def of(method: str, changes: dict) -> dict:
         """The window policy of a published method, with `changes` instead of its other settings."""
@@ -47,7 +48,9 @@ def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
         Recipe("guided+union", METHODS["flashdlm"], "guider", {"combine": "union"}),
         Recipe("guided+intersection", METHODS["flashdlm"], "guider", both),
         Recipe("guided+window+intersection", METHODS["flashdlm"] | window, "guider", both),
-        Recipe("ar", loop=decode_twin, speaks=False),
+        Recipe("fast+threshold", sure | fast),
+        Recipe("fast+guided+intersection", fast, "guider", both),
+        Recipe("ar", loop=decode_twin, speaks=False, stops_at_answers=True),
     ]
     return {recipe.name: recipe for recipe in table}
 

@@ -87,13 +87,15 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
     watched = {name: models.named()[name] for name in ("model", "twin", recipe.guider) if name in models.named()}
     device = models.model.device
     for index, inputs in enumerate(workload.batches):
+        lengths = workload.fixed_lengths(recipe, index)
+        options = workload.options if lengths is None else workload.options | {"max_new_tokens": max(lengths)}
         probes = {name: Probe(model) for name, model in watched.items()}
         with ExitStack() as stack:
             for probe in probes.values():
                 stack.enter_context(probe)
             synchronize(device)
             started = time.perf_counter()
-            ids, output = models.decode(recipe, inputs, workload.options)
+            ids, output = models.decode(recipe, inputs, options)
             synchronize(device)
             seconds = time.perf_counter() - started
         total.seconds += seconds
@@ -109,7 +111,7 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
         total.canvases += ids.tolist()
         texts = [_up_to_end(row, ends) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         total.num_rows += len(texts)
-        total.tokens += sum(map(len, texts))
+        total.tokens += sum(lengths or map(len, texts))
         if total.correct is not None:
             answers = models.checkpoint.tokenizer.batch_decode(texts, skip_special_tokens=True)
             pairs = zip(answers, workload.answers[index], strict=True)

@@ -1,7 +1,16 @@
 """The shapes that `flashdlm bench` knows by name; imports nothing, so that its help is quick."""
 
-# The architectures whose configuration has these sizes by default; `None` is the embedded model.
-SHAPES = {"llada-8b": "llada", "dream-7b": "Dream", "tiny": None}
+# The architecture and its sizes where they are not the defaults of its configuration; `None` is the embedded model.
+SHAPES = {
+    "llada-8b": ("llada", {}),
+    "dream-7b": ("Dream", {}),
+    "llada-50m": (
+        "llada",
+        dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=8, mlp_hidden_size=1792)
+        | dict(vocab_size=18432, mask_token_id=18431, eos_token_id=2, pad_token_id=2),
+    ),
+    "tiny": None,
+}
 # Sizes of Qwen2.5, which guiders of these shapes have; the vocabulary is that of the diffusion model.
 GUIDER_SHAPES = {
     "qwen2.5-0.5b": dict(

@@ -10,6 +10,10 @@ import torch
 
 from ..console.checkpoint import Checkpoint
 from ..tiny import problems
+from .recipe import Recipe
+
+
+STARTING_LENGTH = 16  # tokens, to look at a few steps
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,30 @@ class Workload:
         batches (`list[dict]`): `input_ids` and `attention_mask` of each batch.
         options (`dict`): Keywords of `generate` for all recipes.
         answers (`list[list[int]]`, *optional*): The correct answers of each batch.
+        lengths (`list[list[int]]`, *optional*): The number of tokens of each correct answer, with its end token.
     """
 
     batches: list[dict]
     options: dict
     answers: list[list[int]] | None = None
+    lengths: list[list[int]] | None = None
 
     def start(self) -> "Workload":
-        """The workload of the first batch alone."""
-        return Workload(self.batches[:1], self.options, self.answers and self.answers[:1])
+        """The first batch alone, with a block or two to write."""
+        length = min(self.options["max_new_tokens"], STARTING_LENGTH)
+        short = {"max_new_tokens": length, "block_length": min(self.options.get("block_length", length), length)}
+        return Workload(
+            self.batches[:1],
+            self.options | short,
+            self.answers and self.answers[:1],
+            self.lengths and self.lengths[:1],
+        )
+
+    def fixed_lengths(self, recipe: Recipe, index: int) -> list[int] | None:
+        """How many tokens each row of a batch has if the recipe stops at the correct answers."""
+        if not (recipe.stops_at_answers and self.lengths and self.options.get("stop_at_eos", True)):
+            return None
+        return [min(length, self.options["max_new_tokens"]) for length in self.lengths[index]]
 
 
 def problem_workload(
@@ -50,7 +69,7 @@ def problem_workload(
     drawn = problems(count)
     random.Random(seed).shuffle(drawn)
     solved = [f"{problem.question}\nAnswer: {problem.answer}" for problem in drawn[count:] or drawn]
-    batches, answers = [], []
+    batches, answers, lengths = [], [], []
     for start in range(0, count, batch_size):
         chosen = drawn[start : min(start + batch_size, count)]
         prompts = [problem.question for problem in chosen]
@@ -64,7 +83,8 @@ def problem_workload(
             inputs = {name: value[:, -prompt_length:] for name, value in inputs.items()}
         batches.append(inputs)
         answers.append([problem.final for problem in chosen])
-    return Workload(batches, options, answers)
+        lengths.append([len(checkpoint.tokenizer(problem.answer).input_ids) + 1 for problem in chosen])
+    return Workload(batches, options, answers, lengths)
 
 
 def random_workload(model, batch_size: int, seed: int, options: dict, prompt_length: int) -> Workload:

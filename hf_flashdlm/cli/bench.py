@@ -18,7 +18,9 @@ from .files import check_writable
 
 
 # Arguments that an ablation has no use for: its models and prompts are the embedded ones.
-NOT_ABLATED = "model config random_weights guider prompt_length steps methods fill_canvas reference compile show"
+NOT_ABLATED = "model config random_weights guider prompt_length steps methods fill_canvas reference compile show quick"
+# What `--quick` sets where the caller says nothing.
+QUICK = {"problems": 4, "batch_size": [1], "repeats": 1, "new_tokens": 64}
 
 
 def add_commands(subparsers) -> None:
@@ -47,6 +49,7 @@ def add_commands(subparsers) -> None:
     add("--compile", action="store_true", help="measure each method with compiled forwards, too")
     add("--fill-canvas", action="store_true", help="stop no method at the end of the text, as papers' loops do")
     add("--repeats", type=positive, metavar="N", help="runs, of which the median counts (default: 3; 1)")
+    add("--quick", action="store_true", help="a look within a minute: few prompts, batch size 1, one run")
     add("--threads", type=positive, metavar="N", help="CPU threads (default: what torch takes)")
     add("--dtype", metavar="NAME", help="of the weights (default: as saved; of shapes float32, off the CPU bfloat16)")
     add(
@@ -109,6 +112,9 @@ def command_line(args: argparse.Namespace, parser: argparse.ArgumentParser) -> s
 def bench(args: argparse.Namespace, command: str) -> None:
     """`flashdlm bench`."""
     check(args)
+    if args.quick:
+        for name, value in QUICK.items():
+            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     record = read_record(args.show) if args.show is not None else run_bench(args, command)
     from ..bench.ablation import report_ablation
     from ..bench.comparison import report_comparison

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from minihub import TOKEN, MiniHub
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
-from hf_flashdlm import make_bidirectional
+from hf_flashdlm import diffusion_generate, make_bidirectional
 from hf_flashdlm.hub.export import export_code, export_guider, export_model, export_strategy
 from hf_flashdlm.hub.upload import push
 
@@ -108,3 +108,11 @@ def foreign():
     model = Qwen2ForCausalLM.from_pretrained(TINY / "dlm")
     model.config.logits_shift = 1
     return make_bidirectional(model)
+
+
+@pytest.fixture(scope="module")
+def expected_of_foreign(foreign, batch, guider, expected):
+    """The ids that the package decodes with that class, whose layers round otherwise than ours in bfloat16."""
+    output = diffusion_generate(foreign, **batch, guider=guider, return_dict_in_generate=True)
+    assert output.sequences.equal(expected.sequences)
+    return output

@@ -87,7 +87,7 @@ print(json.dumps(summary(model.generate(**batch, guider=guider, return_dict_in_g
     assert answers == summary(expected)
 
 
-def test_a_strategy_repository_decodes_with_foreign_classes(run_apart, exported, batch, guider, expected):
+def test_a_strategy_repository_decodes_with_foreign_classes(run_apart, exported, batch, guider, expected_of_foreign):
     answers = run_apart(f"""{APART}{SUMMARY}
 {usage((exported[GUIDER] / "README.md").read_text())}
 {usage((exported[STRATEGY] / "README.md").read_text())}
@@ -112,7 +112,9 @@ print(json.dumps(dict(refusal=refusal, answers=list(map(summary, (by_keyword, by
     llama = make_bidirectional(LlamaForCausalLM.from_pretrained(TINY / "guider"))
     llama.config.mask_token_id = 1
     options = {"guider": guider, "max_new_tokens": 16, "return_dict_in_generate": True}
-    assert answers["answers"] == [summary(expected)] * 2 + [summary(diffusion_generate(llama, **batch, **options))]
+    assert answers["answers"] == [summary(expected_of_foreign)] * 2 + [
+        summary(diffusion_generate(llama, **batch, **options))
+    ]
 
 
 def test_an_old_transformers_is_named_by_every_repository(run_apart):
@@ -144,7 +146,7 @@ print(json.dumps([
 # The forms of `custom_generate`, in this process
 
 
-def test_generate_takes_positions_keywords_and_what_transformers_adds(foreign, batch, guider, expected):
+def test_generate_takes_positions_keywords_and_what_transformers_adds(foreign, batch, guider, expected_of_foreign):
     added = {"revision": "0.1.0", "token": None, "cache_dir": "x", "trust_remote_code": True, "synced_gpus": None}
     ids, mask = batch["input_ids"], batch["attention_mask"]
     config = GenerationConfig(**foreign.generation_config.to_dict())
@@ -154,22 +156,22 @@ def test_generate_takes_positions_keywords_and_what_transformers_adds(foreign, b
         generate(ids, config, model=foreign, attention_mask=mask, guider=guider),
         generate(inputs=ids, generation_config=config, model=foreign, attention_mask=mask, guider=guider),
     ):
-        assert summary(output) == summary(expected)
+        assert summary(output) == summary(expected_of_foreign)
         assert not output.sequences.requires_grad
 
 
-def test_the_callable_form_gives_the_same(foreign, batch, guider, expected):
+def test_the_callable_form_gives_the_same(foreign, batch, guider, expected_of_foreign):
     options = {"custom_generate": decode, "guider": guider, "return_dict_in_generate": True}
-    assert summary(foreign.generate(**batch, **options)) == summary(expected)
-    assert summary(foreign.generate(**batch, **options, block_length=8)) == summary(expected)
+    assert summary(foreign.generate(**batch, **options)) == summary(expected_of_foreign)
+    assert summary(foreign.generate(**batch, **options, block_length=8)) == summary(expected_of_foreign)
     assert summary(foreign.generate(batch["input_ids"], attention_mask=batch["attention_mask"], **options)) == summary(
-        expected
+        expected_of_foreign
     )
     with pytest.raises(ValueError, match="blok_length"):
         foreign.generate(**batch, **options, blok_length=8)
 
 
-def test_a_model_of_a_strategy_repository_decodes_with_it(exported, batch, guider, expected, tmp_path):
+def test_a_model_of_a_strategy_repository_decodes_with_it(exported, batch, guider, expected_of_foreign, tmp_path):
     folder = shutil.copytree(TINY / "dlm", tmp_path / "with_strategy")
     shutil.copytree(exported[STRATEGY] / "custom_generate", folder / "custom_generate")
     model = Qwen2ForCausalLM.from_pretrained(folder, trust_remote_code=True)
@@ -179,8 +181,8 @@ def test_a_model_of_a_strategy_repository_decodes_with_it(exported, batch, guide
     output = model.generate(
         batch["input_ids"], attention_mask=batch["attention_mask"], guider=guider, return_dict_in_generate=True
     )
-    assert summary(output) == summary(expected)
+    assert summary(output) == summary(expected_of_foreign)
     # Another strategy takes precedence.
     assert summary(model.generate(**batch, guider=guider, return_dict_in_generate=True, custom_generate=decode)) == (
-        summary(expected)
+        summary(expected_of_foreign)
     )
