@@ -39,7 +39,7 @@ ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards
 drafts_judged drafts_accepted guider_time_share outside_forwards_share accuracy accuracy_interval seconds
 seconds_of_runs speed_over_full_canvas speed_over_eos_stop tokens_per_second peak_memory_bytes floor_seconds
 seconds_over_floor compiled warm_up_seconds milliseconds_per_step kept_bytes like speed_over_like
-equal_share operations_per_forward operations_per_step""".split()
+equal_share operations_per_forward operations_per_step stops_at_answers""".split()
 RECORD_KEYS = "schema command seed commit machine versions options ceilings models rows".split()
 SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --device cpu".split()
 METHODS = ["--methods", "plain,plain-eos,freecache+window,guided,ar"]
@@ -188,8 +188,11 @@ def test_the_best_method_is_fast_and_as_right_as_plain_ones():
             ("plain-eos", 0.95, 8.0), ("dual+threshold", 0.9, 2.0), ("guided", 0.945, 1.0), ("ar", None, 3.0),
         ]
     ]  # fmt: skip
+    rows[-1]["stops_at_answers"] = True
     assert comparison.report_best(rows) == ["", "best at batch 1: guided, 3.00x ar, 2.00x dual+threshold"]
     assert comparison.report_best(rows[1:]) == [], "nothing says how right a plain decode is"
+    rows[-1]["stops_at_answers"] = False
+    assert comparison.report_best(rows) == ["", "best at batch 1: guided, 2.00x dual+threshold"]
 
 
 def test_a_quick_look_sets_what_the_caller_leaves_open(bench, tmp_path, capsys):

@@ -38,7 +38,7 @@ MODELS = [
     for other, name in enumerate(NAMES)
 ]
 CAPTURED = [
-    pytest.param(one, marks=[] if index in (0, 4, 5) else [pytest.mark.slow]) for index, one in enumerate(SETTINGS[:7])
+    pytest.param(one, marks=[] if index in (0, 4) else [pytest.mark.slow]) for index, one in enumerate(SETTINGS[:7])
 ]
 
 

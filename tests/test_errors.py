@@ -208,8 +208,8 @@ REFUSALS = {
     **{
         f"method-{value}": Refusal(
             "`method` must be one of llada, dream, dkv-cache, freecache, fast-dllm, fast-dllm-prefix, "
-            "fast-dllm-dual, adablock, eb-sampler, sdar, bd3lm, llada2, llada2.1, fast-dllm-v2, flashdlm, got "
-            f"{value!r}.",
+            "fast-dllm-dual, adablock, eb-sampler, sdar, bd3lm, llada2, llada2.1, fast-dllm-v2, flashdlm, "
+            f"flashdlm-fast, got {value!r}.",
             dict(method=value),
         )
         for value in ("fast", 3)

@@ -257,7 +257,7 @@ def test_every_field_has_its_shape(tiny, decode, guided):
         assert [len(lengths) for lengths in output.accepted_lengths] == output.nfe.tolist()
         assert 0 < output.guider_time_share < 1
     else:
-        assert set(output) == {"sequences", "nfe", "tokens_per_forward", "active_tokens"}
+        assert set(output) == {"sequences", "nfe", "tokens_per_forward", "active_tokens", "written_at"}
 
 
 @every_policy

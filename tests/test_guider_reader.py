@@ -137,7 +137,7 @@ def live_through(guider, generator):
 
 @pytest.mark.parametrize("num_drafts", [32, 5, 1])
 def test_what_is_read_with_a_cache_is_what_each_row_reads_alone(model, num_drafts):
-    for seed in range(3):  # of 11 models and 3 numbers of drafts: 99 histories
+    for seed in range(2):  # of 11 models and 3 numbers of drafts: 66 histories
         generator = torch.Generator().manual_seed(seed)
         guider = Compared(model, generator, num_drafts=num_drafts)
         live_through(guider, generator)

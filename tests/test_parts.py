@@ -292,7 +292,7 @@ def test_a_method_decodes_as_its_line_of_settings(tiny, decode, name):
     settings = METHODS[name]
     plain = FILLED if settings.get("blocks") != "whole" else FILLED | {"block_length": None}
     assert written_by(decode, tiny("llada"), **plain | {"method": name}) == written_by(
-        decode, tiny("llada"), **plain | settings
+        decode, tiny("llada"), **settings | plain
     )
 
 

@@ -179,6 +179,7 @@ def make_rows(measured: dict[str, Measured], costs: dict[str, CostModel], ceilin
             "options": recipe.options,
             "rule": recipe.rule,
             "compiled": recipe.compiled,
+            "stops_at_answers": recipe.stops_at_answers,
             **first.figures(),
             "seconds": seconds,
             "seconds_of_runs": [single.seconds for single in of_method.runs],
@@ -262,6 +263,8 @@ def report_comparison(record: dict) -> str:
 def report_best(rows: list[dict]) -> list[str]:
     """The best method at each batch size, beside the opponents; none where texts have no answers."""
     lines = []
+    # Older records have an autoregressive model that fills the canvas: no opponent of a decode that stops.
+    rows = [row for row in rows if row["method"] != "ar" or row.get("stops_at_answers")]
     for batch_size in dict.fromkeys(row["batch_size"] for row in rows):
         measured = {row["method"]: row for row in rows if row["batch_size"] == batch_size}
         plain = [row["accuracy"] for name, row in measured.items() if name in ("plain", "plain-eos")]

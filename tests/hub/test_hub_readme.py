@@ -51,7 +51,8 @@ def test_checkpoints_of_the_hub_are_exported_and_their_cards_run(run_apart, orig
         assert ModelCard(card).data.base_model == [checkpoint]
         assert repo_id in usage(card)
         assert ("apply_chat_template" in usage(card)) == (checkpoint != "o/base")
-        code += usage(card) + "assert output.nfe > 0\n"
+        if name not in ("LLaDA-1.5", "DiffuCoder-7B-Instruct"):  # whose cards are those of two others
+            code += usage(card) + "assert output.nfe > 0\n"
     assert run_apart(code + "print('[]')") == []
 
 
