@@ -125,6 +125,7 @@ def test_a_guider_is_served_as_the_page_says(folder, checkpoint, tmp_path):
     assert '"error"' not in streamed
 
 
+@pytest.mark.slow
 def test_the_chat_of_transformers_talks_to_it(url, folder, checkpoint):
     environment = os.environ | {"HF_HUB_OFFLINE": "0"}  # the client refuses loopback, too, in offline mode
     command = [*CLI, "chat", str(folder), f"{url}/v1", "max_new_tokens=64", "do_sample=False", "--user", "tester"]

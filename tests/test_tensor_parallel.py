@@ -4,6 +4,7 @@ import datetime
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed, multiprocessing
 from transformers import AutoModelForCausalLM
@@ -63,6 +64,7 @@ def compare(store, names, guider=None):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_decode_the_tokens_of_one_and_each_caches_half_of_the_heads(tmp_path):
     names = ["model_llada", "model_dream", "families/llada2/model_llada2"]
     assert compare(tmp_path / "store", names, "model_guider") == {
