@@ -1,7 +1,5 @@
 """Schedules: how many tokens a step writes, and that a block is never left with masks."""
 
-from itertools import accumulate
-
 import pytest
 import torch
 from hypothesis import given
@@ -224,10 +222,12 @@ def test_the_shifted_counts_of_a_block_sum_to_its_masks(at, length, steps, shift
     assert sum(quotas) == length and min(quotas) >= 1
 
 
-@given(st.integers(1, 64), st.integers(1, 64), st.floats(0.05, 20), st.floats(0.05, 20))
-def test_with_a_larger_shift_tokens_are_written_later(counts, length, steps, one, other):
-    soon, late = (counts(ShiftSchedule((steps,), shift), [length])[0] for shift in sorted([one, other]))
-    assert all(a >= b for a, b in zip(accumulate(soon), accumulate(late), strict=True))
+@given(st.integers(1, 64), st.floats(0.05, 20), st.floats(0.05, 20))
+def test_with_a_larger_shift_tokens_are_written_later(steps, one, other):
+    """Up to rounding: where each step has its one token, a few more are taken from other steps."""
+    times = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+    less, more = (ShiftSchedule((steps,), shift).share(times) for shift in sorted([one, other]))
+    assert (more >= less - 1e-12).all(), "the share that is still masked"
 
 
 def test_a_narrow_window_leaves_no_mask_to_a_shift(at):
