@@ -60,10 +60,7 @@ def run_ablation(args: argparse.Namespace, device: torch.device, record: dict, n
             known[key] = measure_setting(models, setting, workload, args.repeats or 1)
             known[key] |= {"key": key, "commit": record["commit"]}
         rest["rows"].append(known[key] | setting.entry())
-        written = {row["key"] for row in rest["rows"]}
-        rest["earlier"] = [row for row_key, row in known.items() if row_key not in written]
-        if args.json not in (None, "-"):
-            write_json(Path(args.json), record | rest)
+        write_rows(args.json, record, rest, known)
     return rest | {"verdict": verdict(rest["rows"])}
 
 
@@ -126,6 +123,14 @@ def read_rows(path: str | None) -> dict[str, dict]:
         return {row["key"]: row for row in record["rows"] + record["earlier"]}
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"`--json` must be a new file or one that this command has written, got {path!r}.") from error
+
+
+def write_rows(path: str | None, record: dict, rest: dict, known: dict[str, dict]) -> None:
+    """Write the rows so far, and those `known` that no row of this run is; `rest` is what the record gets."""
+    written = {row["key"] for row in rest["rows"]}
+    rest["earlier"] = [row for key, row in known.items() if key not in written]
+    if path not in (None, "-"):
+        write_json(Path(path), record | rest)
 
 
 def measure_setting(models: Models, setting: Setting, workload: Workload, repeats: int) -> dict:

@@ -72,8 +72,7 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
     """
     new_tokens = args.new_tokens or 256
     models = load_models(args, device, (args.prompt_length or RANDOM_PROMPT_LENGTH) + new_tokens)
-    recommended = getattr(models.model.generation_config, "block_length", None)
-    block_length = min(args.block_length or recommended or 32, new_tokens)
+    block_length = models.block_length(args.block_length, new_tokens)
     steps = args.steps or new_tokens
     chosen = choose(args.methods, recipes(steps, block_length), references(args.reference, steps), models)
     if args.compile:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import CompileConfig
 
 from ..console.checkpoint import Checkpoint
+from ..generation_config import DEFAULT_BLOCK_LENGTH
 from ..guider import ARGuider
 from .recipe import Recipe
 
@@ -51,6 +52,11 @@ class Models:
         """Ids that end a text."""
         ids = self.model.generation_config.eos_token_id
         return [] if ids is None else [ids] if isinstance(ids, int) else ids
+
+    def block_length(self, wanted: int | None, new_tokens: int) -> int:
+        """The length of the blocks: as `wanted`, else as the checkpoint recommends, and no longer than the canvas."""
+        recommended = getattr(self.model.generation_config, "block_length", None)
+        return min(wanted or recommended or DEFAULT_BLOCK_LENGTH, new_tokens)
 
     def guider(self, recipe: Recipe) -> ARGuider:
         """The guider of a recipe, made once and then reused."""

@@ -6,6 +6,8 @@ Knows nothing of what the figures mean.
 import json
 from pathlib import Path
 
+from ..console.answer_file import write
+
 
 def format_table(headers: list[str], rows: list[list[str]]) -> str:
     """A table in plain text: the first column is left-aligned, the others are right-aligned."""
@@ -20,6 +22,4 @@ def format_table(headers: list[str], rows: list[list[str]]) -> str:
 
 def write_json(path: Path, record: dict) -> None:
     """Write the file in one move, so that an interrupt leaves the old file or the new one."""
-    draft = path.with_name(path.name + ".part")
-    draft.write_text(json.dumps(record, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    draft.replace(path)
+    write(path, [json.dumps(record, indent=2, allow_nan=False) + "\n"])

@@ -78,11 +78,18 @@ def add_outputs(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="PATH", help="draw the figures to this file, those of an ablation into this folder")
 
 
-def positive(text: str) -> int:
-    """An argument type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}.")
-    return int(text)
+def integer_from(least: int):
+    """An argument type: an integer of at least `least`."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}.")
+        return int(text)
+
+    return parse
+
+
+positive = integer_from(1)
 
 
 def names(text: str) -> list[str]:
@@ -114,7 +121,8 @@ def bench(args: argparse.Namespace, command: str) -> None:
     check(args)
     if args.quick:
         for name, value in QUICK.items():
-            setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+            if getattr(args, name) is None:
+                setattr(args, name, value)
     record = read_record(args.show) if args.show is not None else run_bench(args, command)
     from ..bench.ablation import report_ablation
     from ..bench.comparison import report_comparison
@@ -126,23 +134,34 @@ def bench(args: argparse.Namespace, command: str) -> None:
         from ..bench import plots  # matplotlib is needed for this alone
 
         (plots.plot_ablation if is_ablation else plots.plot_bench)(record, Path(args.plot))
-    if args.json == "-":
+    put_json(args.json, record)
+
+
+def put_json(path: str | None, record: dict) -> None:
+    """Write the record to the file of `--json`, or print it as the last line."""
+    if path == "-":
         print(json.dumps(record, allow_nan=False))
-    elif args.json is not None:
-        write_json(Path(args.json), record)
+    elif path is not None:
+        write_json(Path(path), record)
 
 
 def run_bench(args: argparse.Namespace, command: str) -> dict:
     """Print the card of the machine, and measure what is asked for: the record."""
     from ..bench.ablation import run_ablation
     from ..bench.comparison import compare
-    from ..bench.machine import commit, describe_machine, versions
 
     device = prepare(args)
-    record = {"schema": 1, "command": command, "seed": args.seed, "commit": commit()}
-    record |= {"machine": describe_machine(device), "versions": versions()}
+    record = begin_record(args, command, device)
     print(report_card(record) + "\n")
     return record | (run_ablation(args, device, record, note) if args.ablate else compare(args, device, note))
+
+
+def begin_record(args: argparse.Namespace, command: str, device) -> dict:
+    """What is known before the work: the command, the machine and the versions."""
+    from ..bench.machine import commit, describe_machine, versions
+
+    record = {"schema": 1, "command": command, "seed": args.seed, "commit": commit()}
+    return record | {"machine": describe_machine(device), "versions": versions()}
 
 
 def report_card(record: dict) -> str:

@@ -19,6 +19,7 @@ from ..console.terminal import guarded_terminal, visible
 from ..generation_config import WINDOW_POLICIES
 from ..version import __version__
 from .bench import add_commands as add_bench
+from .bench import integer_from
 from .evaluate import add_evaluate
 from .files import check_writable
 from .hub import add_commands
@@ -153,17 +154,6 @@ def add_demo(commands) -> None:
     add("--show", 0, "problems to decode in view first")
     add("--seed", 0, "seed of the draw of problems")
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file, too")
-
-
-def integer_from(least: int):
-    """An argument type: an integer of at least `least`."""
-
-    def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be an integer of at least {least}, got {text!r}.")
-        return int(text)
-
-    return parse
 
 
 def generate(args: argparse.Namespace) -> None:

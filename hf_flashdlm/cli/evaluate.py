@@ -6,11 +6,9 @@ Owns its arguments, what is refused before the work begins, and where the figure
 
 import argparse
 import importlib.util
-import json
 from pathlib import Path
 
-from ..bench.report import write_json
-from .bench import check_plot, command_line, names, note, positive, prepare
+from .bench import begin_record, check_plot, command_line, integer_from, names, note, positive, prepare, put_json
 from .files import check_writable
 
 
@@ -26,7 +24,12 @@ def add_evaluate(commands) -> None:
     methods = "those of bench and of generate (default: plain,plain-eos,freecache, and guided if there is a guider)"
     add("--methods", type=names, metavar="NAME,NAME", help=methods)
     add("--limit", type=positive, metavar="N", help="problems of each task (default: all)")
-    add("--num-fewshot", type=natural, metavar="N", help="solved problems before each (default: the task's number)")
+    add(
+        "--num-fewshot",
+        type=integer_from(0),
+        metavar="N",
+        help="solved problems before each (default: the task's number)",
+    )
     add("--new-tokens", type=positive, metavar="N", help="tokens of the canvas after the prompt (default: the task's)")
     add("--block-length", type=positive, metavar="N", help="tokens of a block (default: the checkpoint's, else 32)")
     steps = "denoising steps of the methods that do not choose their number (default: one per token)"
@@ -57,13 +60,6 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
     add("--plot", metavar="PATH", help="draw the figures to this file")
 
 
-def natural(text: str) -> int:
-    """An argument type: an integer of at least 0."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be an integer of at least 0, got {text!r}.")
-    return int(text)
-
-
 def evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """`flashdlm evaluate`."""
     if args.json not in (None, "-"):
@@ -71,19 +67,14 @@ def evaluate(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     check_plot(args.plot, is_ablation=False)
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError("`flashdlm evaluate` needs lm-eval, which is not installed: pip install 'hf-flashdlm[eval]'.")
-    from ..bench.machine import commit, describe_machine, versions
     from ..evaluation import compare
 
     device = prepare(args)
-    record = {"schema": 1, "command": command_line(args, parser), "seed": args.seed, "commit": commit()}
-    record |= {"machine": describe_machine(device), "versions": versions()}
+    record = begin_record(args, command_line(args, parser), device)
     record |= compare.evaluate(args, device, record, note)
     print(compare.report_evaluation(record))
     if args.plot is not None:
         from ..bench import plots  # matplotlib is needed for this alone
 
         plots.plot_evaluation(record, Path(args.plot))
-    if args.json == "-":
-        print(json.dumps(record, allow_nan=False))
-    elif args.json is not None:
-        write_json(Path(args.json), record)
+    put_json(args.json, record)

@@ -84,7 +84,8 @@ class Checkpoint:
                 device or dtype that is not there.
         """
         config = load_diffusion_config("--model", name)
-        if images and not sees_images(config):
+        seeing = sees_images(config)
+        if images and not seeing:
             raise ValueError(
                 f"`--image` needs a model that sees images, got {name!r} with `model_type` {config.model_type!r}: "
                 "drop it."
@@ -92,7 +93,6 @@ class Checkpoint:
         model = load_weights("--model", name, config, device, dtype)
         tokenizer = load_tokenizer("--model", name)
         set_mask_token("--model", name, model.config, tokenizer)
-        seeing = sees_images(config)
         return cls(model, tokenizer, load_processor("--model", name, model.config, tokenizer) if seeing else None)
 
     def load_guider(self, name: str, device: str = "auto", dtype: str = "auto", **settings) -> ARGuider:

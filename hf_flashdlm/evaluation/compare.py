@@ -25,11 +25,11 @@ import lm_eval
 import torch
 from lm_eval.tasks import TaskManager
 
-from ..bench.ablation import describe_models, key_of, read_rows
+from ..bench.ablation import describe_models, key_of, read_rows, write_rows
 from ..bench.decoding import Models
 from ..bench.recipe import Recipe
 from ..bench.recipes import choose, recipes
-from ..bench.report import format_table, write_json
+from ..bench.report import format_table
 from ..bench.run import Run, binomial_interval
 from ..console.checkpoint import Checkpoint
 from ..hub.loading import refusing
@@ -90,10 +90,7 @@ def evaluate(args: argparse.Namespace, device: torch.device, record: dict, note:
             figures = measure(args, manager, models, row, args.limit)
             known[key] = row.identity | figures | {"key": key, "commit": record["commit"]}
         rest["rows"].append(known[key])
-        written = {each["key"] for each in rest["rows"]}
-        rest["earlier"] = [each for row_key, each in known.items() if row_key not in written]
-        if args.json not in (None, "-"):
-            write_json(Path(args.json), record | rest)
+        write_rows(args.json, record, rest, known)
     rest["rows"] = [select(row, args.metric) for row in rest["rows"]]
     add_speeds(rest["rows"])
     return rest
@@ -137,8 +134,7 @@ def plan(args: argparse.Namespace, tasks: dict[str, dict], models: Models, descr
     rows = []
     for name, members in tasks.items():
         length = args.new_tokens or max(map(new_tokens, members.values()))
-        recommended = getattr(models.model.generation_config, "block_length", None)
-        block_length = min(args.block_length or recommended or 32, length)
+        block_length = models.block_length(args.block_length, length)
         options = {"block_length": block_length, "stop_at_eos": not args.fill_canvas}
         chosen = [LIKELIHOOD]
         if any(task.OUTPUT_TYPE == "generate_until" for task in members.values()):
@@ -228,12 +224,7 @@ def costs(run: Run, problems: int) -> dict:
         for name in ("seconds", "nfe", "guider_forwards", "active_tokens", "tokens")
     }
     rate = run.tokens / run.nfe if run.tokens else None  # an estimate of a likelihood writes no tokens
-    return {
-        "num_problems": problems,
-        **figures,
-        "active_tokens": run.active_tokens / problems,
-        "tokens_per_forward": rate,
-    }
+    return {"num_problems": problems, **figures, "tokens_per_forward": rate}
 
 
 def add_speeds(rows: list[dict]) -> None:
