@@ -7,6 +7,7 @@ import pytest
 from pages import ROOT, blocks, page
 
 from hf_flashdlm.cli import main
+from hf_flashdlm.methods import METHODS
 from hf_flashdlm.tiny import FOLDER
 
 
@@ -117,6 +118,13 @@ def test_what_the_record_holds_is_not_measured_again(folder, tmp_path, capsys, m
     assert evaluate(folder, *arguments, limit=1) == 0
     assert len(runs) == 7, "another limit is another row"
     assert len(json.loads(path.read_text())["earlier"]) == 2
+
+
+def test_methods_that_are_made_for_a_guider_are_measured_with_it():
+    from hf_flashdlm.evaluation import compare
+
+    known = compare.methods(16, 4)
+    assert {name for name in METHODS if known[name].guider is not None} == {"flashdlm", "flashdlm-fast"}
 
 
 def test_the_task_of_the_page_is_one(folder, monkeypatch):

@@ -46,7 +46,7 @@ BASELINES = {"speed_over_full_canvas": "plain", "speed_over_eos_stop": "plain-eo
 def methods(steps: int, block_length: int) -> dict[str, Recipe]:
     """The methods by name: those of `flashdlm bench`, and the published ones as `generate(method=)` has them."""
     known = {name: recipe for name, recipe in recipes(steps, block_length).items() if recipe.loop is None}
-    guided = {"flashdlm": "guider"}
+    guided = dict.fromkeys(("flashdlm", "flashdlm-fast"), "guider")
     return {name: Recipe(name, {"method": name}, guided.get(name)) for name in METHODS} | known
 
 
