@@ -121,6 +121,7 @@ def test_what_the_record_holds_is_not_measured_again(folder, tmp_path, capsys, m
 
 
 def test_methods_that_are_made_for_a_guider_are_measured_with_it():
+    pytest.importorskip("lm_eval", reason="`make test-eval` installs it")
     from hf_flashdlm.evaluation import compare
 
     known = compare.methods(16, 4)

@@ -24,12 +24,8 @@ def add_evaluate(commands) -> None:
     methods = "those of bench and of generate (default: plain,plain-eos,freecache, and guided if there is a guider)"
     add("--methods", type=names, metavar="NAME,NAME", help=methods)
     add("--limit", type=positive, metavar="N", help="problems of each task (default: all)")
-    add(
-        "--num-fewshot",
-        type=integer_from(0),
-        metavar="N",
-        help="solved problems before each (default: the task's number)",
-    )
+    solved = "solved problems before each (default: the task's number)"
+    add("--num-fewshot", type=integer_from(0), metavar="N", help=solved)
     add("--new-tokens", type=positive, metavar="N", help="tokens of the canvas after the prompt (default: the task's)")
     add("--block-length", type=positive, metavar="N", help="tokens of a block (default: the checkpoint's, else 32)")
     steps = "denoising steps of the methods that do not choose their number (default: one per token)"
