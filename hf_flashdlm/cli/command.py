@@ -152,6 +152,7 @@ def add_demo(commands) -> None:
     add("--batch-size", 1, "problems decoded together")
     add("--repeats", 1, "runs of each method, of which the median time counts")
     add("--show", 0, "problems to decode in view first")
+    add("--slow", 0, "times slower than decoded they are replayed on a terminal; 0 shows their ends alone")
     add("--seed", 0, "seed of the draw of problems")
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file, too")
 
@@ -243,7 +244,7 @@ def demo(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_writable("--json", args.json)
     quiet_transformers(progress_bars=False)
-    settings = Settings(args.problems, args.batch_size, args.repeats, args.show, args.seed)
+    settings = Settings(args.problems, args.batch_size, args.repeats, args.show, args.slow, args.seed)
     record = run_demo(settings, console_on(sys.stdout))
     if args.json is not None:
         write_json(Path(args.json), record)
