@@ -102,7 +102,7 @@ def main() -> None:
     clock = watched(models)
     rows = []
     for name in METHODS:
-        recipe, passes = recipes(NEW_TOKENS, block_length)[name], []
+        recipe, passes = recipes(block_length, block_length)[name], []
         for _ in range(1 + args.passes):  # the first warms up
             clock.seconds.clear()
             steps = sum(int(models.decode(recipe, inputs, workload.options)[1].nfe) for inputs in workload.batches)
