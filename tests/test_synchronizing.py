@@ -1,6 +1,10 @@
 """Processes whose forwards are collective: they run as many of them, however different their texts are."""
 
 import datetime
+import os
+import socket
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -50,6 +54,39 @@ def test_a_process_whose_rows_are_finished_goes_on_until_all_are(tmp_path, tiny)
         assert sequences == tiny("llada").generate(torch.tensor(PROMPTS[rank]), **options(rank)).tolist()
         assert nfe == [LENGTHS[rank]] * len(PROMPTS[rank]), "empty forwards are not counted"
         assert is_same_sharded, "FSDP2 gathers the weights of a layer in each forward, in all processes at once"
+
+
+def work_with_deepspeed(rank, port, queue):
+    """Decode with weights of which each of two processes holds a part."""
+    import deepspeed
+    from transformers.integrations import HfDeepSpeedConfig
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    deepspeed.init_distributed(dist_backend="gloo")
+    settings = {"train_micro_batch_size_per_gpu": 1, "train_batch_size": 2, "zero_optimization": {"stage": 3}}
+    keeps = HfDeepSpeedConfig(settings)  # Transformers forgets it with the object
+    engine = deepspeed.initialize(model=LLaDAModelLM.from_pretrained(MODEL), config_params=settings)[0]
+    model, forwards = engine.module.eval(), []
+    model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    local = max(parameter.numel() for parameter in model.parameters())
+    sequences = model.generate(torch.tensor(PROMPTS[rank]), **options(rank))
+    queue.put((rank, local, len(forwards), sequences.tolist()))
+    del keeps
+
+
+@pytest.mark.slow  # the first run compiles
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs `pip install deepspeed`")
+def test_weights_that_zero_3_shards_decode_the_same(tiny):
+    with closing(socket.socket()) as one:
+        one.bind(("127.0.0.1", 0))
+        port = one.getsockname()[1]
+    queue = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.start_processes(work_with_deepspeed, (port, queue), 2, start_method="spawn")
+    for rank, local, forwards, sequences in sorted(queue.get() for _ in range(2)):
+        assert local == 0 and forwards == 12
+        assert sequences == tiny("llada").generate(torch.tensor(PROMPTS[rank]), **options(rank)).tolist()
 
 
 def test_every_forward_is_announced_and_the_end_is_waited_for(monkeypatch):
