@@ -22,7 +22,7 @@ GENERATE_OPTIONS = """--model --guider --prompt --image --max-new-tokens --block
 --output --batch-size --bad-lines""".split()
 CHAT_OPTIONS = """--model --guider --max-new-tokens --block-length --temperature --seed --dtype --device
 --system""".split()
-DEMO_OPTIONS = "--problems --batch-size --repeats --show --seed --json".split()
+DEMO_OPTIONS = "--problems --batch-size --repeats --show --slow --seed --json".split()
 PUSH_OPTIONS = "--private --public --tag --dry-run".split()
 
 
@@ -148,6 +148,7 @@ def test_the_seed_decides_what_is_drawn(capsys):
         ([*SHORT, "--prompt", "a", "--steps", "x"], "argument --steps: invalid int value: 'x'"),
         (["demo", "--problems", "0"], "argument --problems: must be an integer of at least 1, got '0'."),
         (["demo", "--show", "-1"], "argument --show: must be an integer of at least 0, got '-1'."),
+        (["demo", "--slow", "fast"], "argument --slow: must be an integer of at least 0, got 'fast'."),
         (
             ["demo", "--json", "/no/such/folder/a.json"],
             "`--json` must be a file in a folder that exists, got '/no/such",
@@ -201,7 +202,7 @@ def test_demo_passes_its_settings_and_writes_the_figures(monkeypatch, tmp_path):
         "hf_flashdlm.bench.demo.run_demo", lambda settings, console: seen.append(settings) or {"figure": 1}
     )
     path = tmp_path / "figures.json"
-    arguments = "demo --problems 3 --batch-size 2 --repeats 5 --show 0 --seed 7".split()
+    arguments = "demo --problems 3 --batch-size 2 --repeats 5 --show 0 --slow 9 --seed 7".split()
     assert main([*arguments, "--json", str(path)]) == 0
-    assert seen == [Settings(problems=3, batch_size=2, repeats=5, show=0, seed=7)]
+    assert seen == [Settings(problems=3, batch_size=2, repeats=5, show=0, slow=9, seed=7)]
     assert json.loads(path.read_text()) == {"figure": 1}
