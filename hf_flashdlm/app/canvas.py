@@ -82,7 +82,8 @@ def table(trace: Trace, step: int, cells: list[Cell]) -> str:
     rate, seconds = tokens / step if step else 0.0, trace.seconds[step - 1] if step else 0.0
     numbers = (str(step), str(asked), str(tokens), f"{rate:.2f}", f"{seconds:.2f}")
     rows = zip(COUNTS, numbers, strict=True)
-    return f'<dl class="flash-counts">{"".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in rows)}</dl>'
+    entries = "".join(f"<div><dt>{name}</dt><dd>{number}</dd></div>" for name, number in rows)
+    return f'<dl class="flash-counts">{entries}</dl>'
 
 
 def markup(checkpoint: Checkpoint, trace: Trace, step: int, cells: list[Cell]) -> str:

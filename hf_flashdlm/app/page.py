@@ -31,8 +31,9 @@ LOOK = {
     "footer_links": [],
 }
 ABOUT = """
-<p>The answer starts as a row of masks. Every forward of the model drafts all of it, and the drafts that are trusted are
-written. The methods decode the same prompt on one clock: whenever you look, all have computed for the same time.</p>
+<p class="flash-about">The answer starts as a row of masks. Every forward of the model drafts all of it, and the drafts
+that are trusted are written. The methods decode the same prompt on one clock: whenever you look, all have computed for
+the same time.</p>
 """
 LEGEND = f"""
 <ul class="flash-legend" aria-label="Legend">
@@ -73,30 +74,36 @@ def make_page(checkpoint: Checkpoint, guider: ARGuider | None, examples: list[st
             0, 1, value=0, step=1, label="Step", interactive=False, elem_id="step", buttons=[],
             info="Moves all canvases to what they held after this many forwards.",
         )  # fmt: skip
-        shown = gr.State()
-        outputs = [status, stage, step, start, stop, shown]
-
-        def decode(text: str, *values: float) -> Iterator[dict]:
-            for update in follow(checkpoint, guider, text, values):
-                yield {outputs[NAMES.index(name)]: value for name, value in update.items()}
-
-        def replay(traces: list[Trace] | None, number: int) -> str:
-            return draw(checkpoint, traces or [], int(number))
-
-        def stopped(traces: list[Trace] | None):
-            return [said("Stopped."), gr.skip(), replay_slider(traces or []), *buttons(is_running=False)]
-
-        hidden = {"show_progress": "hidden", "api_visibility": "private"}
-        running = gr.on(
-            [prompt.submit, start.click], decode, [prompt, *settings], outputs,
-            trigger_mode="once", concurrency_limit=VISITORS, **hidden,
-        )  # fmt: skip
-        stop.click(stopped, [shown], outputs[:-1], cancels=[running], queue=False, **hidden)
-        step.input(replay, [shown, step], [stage], trigger_mode="always_last", queue=False, **hidden)
+        connect(checkpoint, guider, [prompt, *settings], [status, stage, step, start, stop])
     return page
 
 
 NAMES = ("status", "stage", "step", "start", "stop", "shown")  # of what a decode changes on the page
+
+
+def connect(checkpoint: Checkpoint, guider: ARGuider | None, inputs: list, outputs: list) -> None:
+    """Say what happens when something is pressed or moved; the components `outputs` are in the order of `NAMES`."""
+    shown = gr.State(time_to_live=3600)  # what the slider shows again
+    parts = dict(zip(NAMES, [*outputs, shown], strict=True))
+
+    def decode(text: str, *values: float) -> Iterator[dict]:
+        for update in follow(checkpoint, guider, text, values):
+            yield {parts[name]: value for name, value in update.items()}
+
+    def stopped(traces: list[Trace] | None) -> dict:
+        update = {"status": said("Stopped."), "step": replay_slider(traces or [])} | buttons(is_running=False)
+        return {parts[name]: value for name, value in update.items()}
+
+    def replay(traces: list[Trace] | None, number: float) -> str:
+        return draw(checkpoint, traces or [], int(number))
+
+    hidden: dict = {"show_progress": "hidden", "api_visibility": "private"}
+    pressed = [inputs[0].submit, parts["start"].click]
+    queued = {"trigger_mode": "once", "concurrency_limit": VISITORS}
+    running = gr.on(pressed, decode, inputs, list(parts.values()), **queued, **hidden)
+    parts["stop"].click(stopped, [shown], outputs, cancels=[running], queue=False, **hidden)
+    latest = {"trigger_mode": "always_last", "queue": False}
+    parts["step"].input(replay, [shown, parts["step"]], [parts["stage"]], **latest, **hidden)
 
 
 def make_settings(defaults: Settings) -> list[gr.components.Component]:
@@ -122,12 +129,12 @@ def follow(checkpoint: Checkpoint, guider: ARGuider | None, text: str, values: t
         yield {"status": said("A setting is empty: give it a number.", is_error=True)}
         return
     settings = Settings(*values)
-    started = {"status": said("Decoding."), "step": gr.Slider(interactive=False)}
     traces: list[Trace] = []
+    beginning = {"status": said("Decoding."), "step": gr.Slider(interactive=False)} | buttons(is_running=True)
     for traces in race(checkpoint, text, methods(settings, guider), settings):
-        yield {"stage": draw(checkpoint, traces), "shown": traces} | started
-        started = dict(zip(("start", "stop"), buttons(is_running=True), strict=True)) if started else {}
-    yield outcome(traces) | dict(zip(("start", "stop"), buttons(is_running=False), strict=True))
+        yield {"stage": draw(checkpoint, traces), "shown": traces} | beginning
+        beginning = {}
+    yield outcome(traces) | buttons(is_running=False)
 
 
 def outcome(traces: list[Trace]) -> dict:
@@ -149,7 +156,8 @@ def draw(checkpoint: Checkpoint, traces: list[Trace], step: int | None = None) -
 
 def said(text: str, is_error: bool = False) -> str:
     """A message, which screen readers speak."""
-    return f'<p class="{"flash-error" if is_error else "flash-said"}" role="{"alert" if is_error else "status"}">{plain(text)}</p>'
+    kind, role = ("flash-error", "alert") if is_error else ("flash-said", "status")
+    return f'<p class="{kind}" role="{role}">{plain(text)}</p>'
 
 
 def replay_slider(traces: list[Trace]):
@@ -158,6 +166,6 @@ def replay_slider(traces: list[Trace]):
     return gr.Slider(maximum=max(steps, 1), value=steps, interactive=steps > 0)
 
 
-def buttons(is_running: bool) -> list:
+def buttons(is_running: bool) -> dict:
     """The two buttons."""
-    return [gr.Button(interactive=not is_running), gr.Button(interactive=is_running)]
+    return {"start": gr.Button(interactive=not is_running), "stop": gr.Button(interactive=is_running)}
