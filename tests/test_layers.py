@@ -65,7 +65,10 @@ REACHES_UP = {
     "prompting": {"console/checkpoint"},
 }
 # What a folder gives to users by its own name. An import in the others would cause a cycle through `CanvasStreamer`.
-FACADES = {"cli": ["main"], "hub": ["export_code", "export_guider", "export_model", "export_space", "export_strategy", "push"]}
+FACADES = {
+    "cli": ["main"],
+    "hub": ["export_code", "export_guider", "export_model", "export_space", "export_strategy", "push"],
+}
 
 
 def exported():
