@@ -15,6 +15,7 @@ import pytest
 
 from hf_flashdlm.app.run import Settings, methods
 from hf_flashdlm.app.serve import EXAMPLE_SEED, load_models
+from hf_flashdlm.hub.space import export_space
 from hf_flashdlm.tiny import sample_problems
 
 
@@ -340,15 +341,41 @@ def test_a_screenshot(visit, tmp_path):
     assert 10_000 < path.stat().st_size < 300_000
 
 
-def test_the_command_serves_the_page_until_it_is_interrupted():
+@contextmanager
+def served(command, folder, **environment):
+    """The program with a free port in its environment; what it has said, its process, and the address of its page."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    command = [sys.executable, "-m", "hf_flashdlm", "app", "--device", "cpu", "--port", str(port)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        said = process.stdout.readline()
-        with urlopen(f"http://127.0.0.1:{port}/") as response:
-            assert response.status == 200
+    environment = os.environ | {"GRADIO_SERVER_PORT": str(port), "PYTHONUNBUFFERED": "1"} | environment
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen([sys.executable, *command], cwd=folder, env=environment, **pipes) as process:
+        said = ""
+        for line in process.stdout:
+            said += line
+            if "Running on" in line:
+                break
+        try:
+            yield said, process, f"http://127.0.0.1:{port}/"
+        finally:
+            process.kill()
+
+
+def test_the_command_serves_the_page_until_it_is_interrupted():
+    with served(["-m", "hf_flashdlm", "app", "--device", "cpu"], ROOT) as (said, process, address):
+        with urlopen(address) as response:
+            assert response.status == 200 and address.rstrip("/") in said
         process.send_signal(signal.SIGINT)
         rest, _ = process.communicate(timeout=30)
-    assert f"http://127.0.0.1:{port}" in said and "Traceback" not in rest
-    assert process.returncode == 130
+    assert "Traceback" not in rest and process.returncode == 130
+
+
+def test_a_space_starts_from_what_it_contains(chromium, models, tmp_path):
+    space = export_space(tmp_path / "space", "o/page")
+    with served([str(space / "app.py")], tmp_path, PYTHONPATH="") as (said, _, address):
+        assert "Traceback" not in said
+        page = chromium.new_page()
+        page.goto(address)
+        decode(page, SHORT)
+        assert [answer(panel) for panel in panels(page)] == expected(models, SHORT)[1]
+        page.close()
+    assert (space / "hf_flashdlm" / "app" / "__pycache__").is_dir(), "its own package ran"

@@ -29,6 +29,8 @@ LOOK = {
         primary_hue="indigo", neutral_hue="slate", font=["system-ui", "sans-serif"], font_mono=["ui-monospace"]
     ),
     "footer_links": [],
+    "run_history": False,
+    "max_file_size": "1kb",  # the page asks for no files
 }
 ABOUT = """
 <p class="flash-about">The answer starts as a row of masks. Every forward of the model drafts all of it, and the drafts

@@ -90,7 +90,7 @@ def show_page(  # noqa: PLR0913, what the command line takes
     examples = EXAMPLES if model is not None else [one.question for one in sample_problems(4, EXAMPLE_SEED)]
     warm_up(checkpoint, judge, examples[0])
     page = make_page(checkpoint, judge, examples)
-    page.launch(server_name=host, server_port=port, share=share, run_history=False, **LOOK)
+    page.launch(server_name=host, server_port=port, share=share, **LOOK)
 
 
 def warm_up(checkpoint: Checkpoint, guider: ARGuider | None, prompt: str) -> None:
