@@ -5,7 +5,8 @@ how decoding works.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 
 
@@ -35,7 +36,7 @@ LOOK = {
 ABOUT = """
 <p class="flash-about">The answer starts as a row of masks. Every forward of the model drafts all of it, and the drafts
 that are trusted are written. The methods decode the same prompt on one clock: whenever you look, all have computed for
-the same time.</p>
+about the same time.</p>
 """
 LEGEND = f"""
 <ul class="flash-legend" aria-label="Legend">
@@ -88,9 +89,10 @@ def connect(checkpoint: Checkpoint, guider: ARGuider | None, inputs: list, outpu
     shown = gr.State(time_to_live=3600)  # what the slider shows again
     parts = dict(zip(NAMES, [*outputs, shown], strict=True))
 
-    def decode(text: str, *values: float) -> Iterator[dict]:
-        for update in follow(checkpoint, guider, text, values):
-            yield {parts[name]: value for name, value in update.items()}
+    def decode(text: str, *values: float) -> Generator[dict, None, None]:
+        with closing(follow(checkpoint, guider, text, values)) as updates:
+            for update in updates:
+                yield {parts[name]: value for name, value in update.items()}
 
     def stopped(traces: list[Trace] | None) -> dict:
         update = {"status": said("Stopped."), "step": replay_slider(traces or [])} | buttons(is_running=False)
@@ -122,7 +124,7 @@ def make_settings(defaults: Settings) -> list[gr.components.Component]:
     ]  # fmt: skip
 
 
-def follow(checkpoint: Checkpoint, guider: ARGuider | None, text: str, values: tuple) -> Iterator[dict]:
+def follow(checkpoint: Checkpoint, guider: ARGuider | None, text: str, values: tuple) -> Generator[dict, None, None]:
     """What changes on the page while a prompt is decoded, by `NAMES`."""
     if not text.strip():
         yield {"status": said("The prompt is empty: type one, or choose an example.", is_error=True)}
@@ -133,9 +135,10 @@ def follow(checkpoint: Checkpoint, guider: ARGuider | None, text: str, values: t
     settings = Settings(*values)
     traces: list[Trace] = []
     beginning = {"status": said("Decoding."), "step": gr.Slider(interactive=False)} | buttons(is_running=True)
-    for traces in race(checkpoint, text, methods(settings, guider), settings):
-        yield {"stage": draw(checkpoint, traces), "shown": traces} | beginning
-        beginning = {}
+    with closing(race(checkpoint, text, methods(settings, guider), settings)) as watched:
+        for traces in watched:
+            yield {"stage": draw(checkpoint, traces), "shown": traces} | beginning
+            beginning = {}
     yield outcome(traces) | buttons(is_running=False)
 
 

@@ -8,7 +8,7 @@ waits after every step until it is asked for the next. Knows nothing of pages.
 import copy
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import torch
@@ -174,15 +174,16 @@ class Decode:
     def _run(self) -> None:
         checkpoint, prompt, options = self._arguments
         self._asked.acquire()
-        with TURN:
-            try:
+        try:
+            with TURN:
                 self.trace.continuation = checkpoint.continue_prompts([prompt], options)
-            except Stopped:
-                pass
-            except Exception as error:  # of any part of the call: the page says what it was, and goes on
-                said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-                self.trace.error = said.strip()
-        self._answered.release()
+        except Stopped:
+            pass
+        except Exception as error:  # of any part of the call: the page says what it was, and goes on
+            said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            self.trace.error = said.strip()
+        finally:
+            self._answered.release()
 
     # The streamer of the call.
 
@@ -209,7 +210,9 @@ class Decode:
         """The continuation says the rest."""
 
 
-def race(checkpoint: Checkpoint, prompt: str, compared: list[Method], settings: Settings) -> Iterator[list[Trace]]:
+def race(
+    checkpoint: Checkpoint, prompt: str, compared: list[Method], settings: Settings
+) -> Generator[list[Trace], None, None]:
     r"""
     Decode a prompt by several methods on one clock: the next step is that of the method which has used least time, so
     that all have used about the same whenever one looks.
