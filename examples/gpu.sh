@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Measures the shapes of LLaDA-8B and Dream-7B with random weights on a GPU: bash examples/gpu.sh FOLDER
+# Measures the shapes of LLaDA-8B, Dream-7B and LLaDA2.0-mini with random weights, and a guider of 1.5 billion
+# parameters, on a GPU of 80 GB: bash examples/gpu.sh FOLDER
 #
-# One JSON file per case in FOLDER. A case whose file exists is skipped, so the same command continues an interrupted
-# run; no case begins after BUDGET seconds. Without a GPU, on the embedded shape: SMALL=1 bash examples/gpu.sh FOLDER
+# One JSON file per case in FOLDER, the most telling cases first. No case begins after BUDGET seconds, and none goes on
+# after them. A case whose file exists is skipped, so the same command continues where it ended. Without a GPU, on the
+# embedded shape: SMALL=1 bash examples/gpu.sh FOLDER
 set -uo pipefail
 FOLDER=${1:?"usage: bash examples/gpu.sh FOLDER"}
-BUDGET=${BUDGET:-1700}
+BUDGET=${BUDGET:-540}
 FLASHDLM=${FLASHDLM:-flashdlm}
 if [ -n "${SMALL:-}" ]; then
-  MODELS="tiny" GUIDER="tiny" SHORT=8 LONG=32 HUGE=1024 FEW=32 MANY=64 BATCHES=2,3
+  DENSE="tiny" MODELS="tiny" GUIDER="tiny" SHORT=8 LONG=32 HUGE=1024 FEW=32 MANY=64 BATCHES=2,3
 else
-  MODELS="llada-8b dream-7b" GUIDER="qwen2.5-1.5b" SHORT=128 LONG=1024 HUGE=32512 FEW=256 MANY=1024 BATCHES=4,16
+  DENSE="llada-8b dream-7b" MODELS="$DENSE llada2-mini" GUIDER="qwen2.5-1.5b"
+  SHORT=128 LONG=1024 HUGE=32512 FEW=256 MANY=1024 BATCHES=4,16
 fi
+STEP=plain,freecache,freecache+window,guided+window
 mkdir -p "$FOLDER"
 failed=0
 
@@ -23,34 +27,29 @@ measure() {
   if [ "$left" -le 0 ]; then echo "no time left: $file" >&2; failed=1; return; fi
   echo "$file, $left seconds left" >&2
   timeout "$left" $FLASHDLM bench --config "$model" --random-weights --guider "$GUIDER" --fill-canvas --json "$file" \
-    --repeats 2 "$@" || { echo "failed: $file" >&2; failed=1; }
+    --repeats 1 --new-tokens $FEW "$@" || { echo "failed: $file" >&2; failed=1; }
 }
 
-# The most important cases come first, for both models. Whole decodes, a token per step: the time per generated token.
+# The time of a step, beside its floor (the column xfloor). Steps write four tokens, so that few of them visit all blocks.
 for model in $MODELS; do
-  measure whole --prompt-length $LONG --new-tokens $FEW --batch-size 1 \
-    --methods plain,prefix,dual,freecache,freecache+window,guided+window,ar
+  measure step --prompt-length $LONG --batch-size 1 --steps $((FEW / 4)) --methods $STEP
 done
-# Eager and compiled. From here on steps write several tokens, so that all blocks are visited in fewer steps: what is
-# measured is the time of a step.
-for model in $MODELS; do
-  measure compiled --prompt-length $LONG --new-tokens $FEW --batch-size 1 --steps $((FEW / 4)) --compile \
-    --methods plain,freecache+window
+# Eager and compiled.
+for model in $DENSE; do
+  measure compiled --prompt-length $LONG --batch-size 1 --steps $((FEW / 8)) --compile --methods plain,freecache+window
 done
-for model in $MODELS; do
-  measure batches --prompt-length $LONG --new-tokens $FEW --batch-size $BATCHES --steps $((FEW / 8)) \
-    --methods plain,freecache,freecache+window
+for model in $DENSE; do
+  measure short --prompt-length $SHORT --batch-size 1 --steps $((FEW / 4)) --methods $STEP,dual,ar
 done
 for model in $MODELS; do
-  measure huge --prompt-length $HUGE --new-tokens $FEW --batch-size 1 --steps $((FEW / 32)) \
-    --methods plain,freecache,freecache+window
+  measure batches --prompt-length $LONG --batch-size $BATCHES --steps $((FEW / 8)) --methods plain,freecache+window
 done
-for model in $MODELS; do
-  measure short-few --prompt-length $SHORT --new-tokens $FEW --batch-size 1 --steps $((FEW / 4)) --compile \
-    --methods plain,freecache+window
-  measure short-many --prompt-length $SHORT --new-tokens $MANY --batch-size 1 --steps $((MANY / 16)) \
-    --methods plain,freecache,freecache+window
-  measure long-many --prompt-length $LONG --new-tokens $MANY --batch-size 1 --steps $((MANY / 16)) \
-    --methods plain,freecache,freecache+window
+# Whole decodes, a token per step: the time per generated token.
+for model in $DENSE; do
+  measure whole --prompt-length $LONG --batch-size 1 --methods plain,prefix,dual,freecache,freecache+window,guided+window,ar
+done
+for model in $DENSE; do
+  measure huge --prompt-length $HUGE --batch-size 1 --steps $((FEW / 32)) --methods plain,freecache,freecache+window
+  measure many --prompt-length $SHORT --new-tokens $MANY --batch-size 1 --steps $((MANY / 16)) --methods $STEP
 done
 exit $failed

@@ -1,9 +1,11 @@
 """The time of a decode, part by part. `outside%` of `flashdlm bench` is all parts but the two forwards.
 
     python examples/profile_step.py --json examples/results/profile.json
+    python examples/profile_step.py --config llada-50m --passes 1 --json examples/results/profile_50m.json
 
-The embedded pair decodes its held-out problems one by one. Each part is counted without the parts that it calls; the
-fastest of several passes counts. The clock itself adds about a microsecond to each call of a part.
+The embedded pair decodes its held-out problems one by one; another shape gets random weights, random prompts and the
+shape of the embedded guider. Each part is counted without the parts that it calls; the fastest of several passes
+counts. The clock itself adds about a microsecond to each call of a part.
 """
 
 import argparse
@@ -15,17 +17,17 @@ from functools import wraps
 from pathlib import Path
 
 from hf_flashdlm import denoising_loop, generation_mixin
+from hf_flashdlm.bench.comparison import RANDOM_PROMPT_LENGTH, make_workload
 from hf_flashdlm.bench.decoding import Models
 from hf_flashdlm.bench.machine import commit, describe_machine, versions
+from hf_flashdlm.bench.models import load_models
 from hf_flashdlm.bench.recipes import recipes
 from hf_flashdlm.bench.report import format_table, write_json
-from hf_flashdlm.bench.workload import problem_workload
+from hf_flashdlm.bench.shapes import SHAPES
 from hf_flashdlm.canvas_processors import CanvasProcessors
 from hf_flashdlm.cli.bench import prepare
-from hf_flashdlm.console.checkpoint import Checkpoint
 from hf_flashdlm.denoiser import Denoiser
 from hf_flashdlm.stopping import RowEnds
-from hf_flashdlm.tiny import FOLDER
 from hf_flashdlm.unmasking import Drafter
 
 
@@ -85,24 +87,28 @@ def watched(models: Models) -> Clock:
 def main() -> None:
     """Measure, print, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", choices=SHAPES, default="tiny")
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--passes", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
-    parser.set_defaults(device="cpu")
+    parser.set_defaults(device="cpu", model=None, guider=None, dtype="float32", seed=0, prompt_length=None)
     args = parser.parse_args()
     device = prepare(args)
 
-    checkpoint = Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
-    models = Models.load(checkpoint, {"guider": str(FOLDER / "guider")}, device, "float32")
-    block_length = models.model.generation_config.block_length
+    args.random_weights = args.config != "tiny"
+    args.guider = "tiny" if args.random_weights else None
+    models = load_models(args, device, RANDOM_PROMPT_LENGTH + NEW_TOKENS)
+    block_length = models.block_length(None, NEW_TOKENS)
     options = {"max_new_tokens": NEW_TOKENS, "block_length": block_length}
-    workload = problem_workload(checkpoint, args.problems, 1, 0, options)
+    workload = make_workload(args, models, 1, options)
+    # Random weights end no text: few steps are as long as many.
+    steps_per_block = 1 if args.random_weights else block_length
 
     clock = watched(models)
     rows = []
     for name in METHODS:
-        recipe, passes = recipes(NEW_TOKENS, block_length)[name], []
+        recipe, passes = recipes(steps_per_block, block_length)[name], []
         for _ in range(1 + args.passes):  # the first warms up
             clock.seconds.clear()
             steps = sum(int(models.decode(recipe, inputs, workload.options)[1].nfe) for inputs in workload.batches)

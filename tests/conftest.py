@@ -29,7 +29,7 @@ from hf_flashdlm.denoising_loop import DenoisingState
 torch.set_num_threads(1)  # the tensors are tiny, and workers run side by side
 
 # The same examples in every run, without a time limit: the machines are shared.
-hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=60)
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=40)
 # Other examples in every run, for `make test-laws`.
 hypothesis.settings.register_profile("laws", deadline=None, database=None, max_examples=5000, print_blob=True)
 hypothesis.settings.load_profile("suite")

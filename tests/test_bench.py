@@ -22,10 +22,11 @@ from hf_flashdlm.bench.decoding import Models
 from hf_flashdlm.bench.machine import Probe
 from hf_flashdlm.bench.models import guider_config, named_config, random_model, twin_config
 from hf_flashdlm.bench.recipe import Recipe
-from hf_flashdlm.bench.recipes import recipes
+from hf_flashdlm.bench.recipes import choose, recipes
 from hf_flashdlm.bench.report import format_table
 from hf_flashdlm.bench.run import Run, binomial_interval, run
-from hf_flashdlm.bench.workload import problem_workload
+from hf_flashdlm.bench.shapes import SHAPES
+from hf_flashdlm.bench.workload import Workload, problem_workload
 from hf_flashdlm.cli.bench import add_commands
 from hf_flashdlm.cli.command import Parser
 from hf_flashdlm.console.checkpoint import Checkpoint
@@ -39,7 +40,7 @@ ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards
 drafts_judged drafts_accepted guider_time_share outside_forwards_share accuracy accuracy_interval seconds
 seconds_of_runs speed_over_full_canvas speed_over_eos_stop tokens_per_second peak_memory_bytes floor_seconds
 seconds_over_floor compiled warm_up_seconds milliseconds_per_step kept_bytes like speed_over_like
-equal_share operations_per_forward operations_per_step stops_at_answers""".split()
+equal_share operations_per_forward operations_per_step stops_at_answers accuracy_of_long""".split()
 RECORD_KEYS = "schema command seed commit machine versions options ceilings models rows".split()
 SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --device cpu".split()
 METHODS = ["--methods", "plain,plain-eos,freecache+window,guided,ar"]
@@ -177,6 +178,31 @@ def test_the_autoregressive_twin_stops_where_the_answers_end():
     assert filled.fixed_lengths(recipe, 0) is None and workload.fixed_lengths(recipes(16, 4)["plain"], 0) is None
 
 
+def test_long_answers_are_the_longest_quarter():
+    workload = Workload([{}, {}], {}, [[1, 2, 3], [4]], [[5, 9, 5], [7]])
+    assert [workload.is_long(index) for index in (0, 1)] == [[False, True, False], [False]]
+    figures = Run(num_rows=4, correct=3, long_rows=2, long_correct=1, tokens=4, nfe=4, seconds=1.0).figures()
+    assert (figures["accuracy"], figures["accuracy_of_long"]) == (0.75, 0.5)
+
+
+SMALL_LLADA2 = dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2, vocab_size=99)
+SMALL_LLADA2 |= dict(num_attention_heads=4, num_key_value_heads=2, num_experts=8, n_group=4, topk_group=2)
+SMALL_LLADA2 |= dict(num_experts_per_tok=3, mask_token_id=98, pad_token_id=97)
+
+
+def test_block_causal_models_decode_by_the_methods_they_have(bench, monkeypatch, tmp_path):
+    monkeypatch.setitem(SHAPES, "llada2-mini", ("llada2_moe", SMALL_LLADA2))
+    path, short = tmp_path / "record.json", "--new-tokens 32 --prompt-length 4 --steps 1 --batch-size 1".split()
+    command = [*"--config llada2-mini --random-weights --guider tiny --device cpu --repeats 1".split(), *short]
+    bench(*command, "--methods", "plain,freecache+window", "--json", str(path))
+    assert all(row["num_rows"] == 1 for row in json.loads(path.read_text())["rows"])
+    model = random_model(named_config("llada2-mini"), torch.float32, torch.device("cpu"), 0)
+    possible = {recipe.name for recipe in choose(None, recipes(1, 32), {}, Models(model, {"guider": model}))}
+    assert possible == set(recipes(1, 32)) - {"prefix", "prefix+threshold", "dkv", "ar"}
+    with pytest.raises(ValueError, match="ar needs a model of type llada or Dream, got .llada2_moe.: leave ar out."):
+        bench(*command, "--methods", "ar")
+
+
 def random_twin(model):
     return random_model(twin_config(model.config), torch.float32, model.device, 0)
 
@@ -221,19 +247,17 @@ def test_random_weights_and_long_prompts(bench, tmp_path):
     assert rows[0]["accuracy"] is None and trained[0]["accuracy"] is not None
 
 
-@pytest.mark.parametrize("name", ["llada-8b", "dream-7b", "llada-50m"])
+@pytest.mark.parametrize("name", ["llada-8b", "dream-7b", "llada-50m", "llada2-mini"])
 @pytest.mark.parametrize("guider", [None, "qwen2.5-0.5b"])
 def test_shapes_of_the_large_models(name, guider):
     config = named_config(name)
     args = argparse.Namespace(guider=guider, config=name)
+    shapes = [config, guider_config(args, config), *([] if name == "llada2-mini" else [twin_config(config)])]
     with torch.device("meta"):
-        sizes = [
-            AutoModelForCausalLM.from_config(shape).num_parameters() / 1e9
-            for shape in (config, guider_config(args, config), twin_config(config))
-        ]
-    billions = {"llada-8b": 8.02, "dream-7b": 7.62, "llada-50m": 0.05}[name]
-    assert sizes[0] == sizes[2] == pytest.approx(billions, abs=0.01)
-    if name != "llada-50m":  # whose vocabulary is smaller
+        sizes = [AutoModelForCausalLM.from_config(shape).num_parameters() / 1e9 for shape in shapes]
+    billions = {"llada-8b": 8.02, "dream-7b": 7.62, "llada-50m": 0.05, "llada2-mini": 16.26}[name]
+    assert sizes[0] == sizes[-1 if len(sizes) == 3 else 0] == pytest.approx(billions, abs=0.01)
+    if name in ("llada-8b", "dream-7b"):  # others have vocabularies of other sizes
         assert sizes[1] == pytest.approx({None: 1.5, "qwen2.5-0.5b": 0.48}[guider], abs=0.06)
 
 
@@ -401,9 +425,8 @@ def test_the_script_for_a_gpu_measures_each_case_once(tmp_path, small):
     for call in calls:
         args = parser.parse_args(call.split())
         assert set(args.methods) <= set(recipes(1, 1))
-        DiffusionOptions(steps=args.steps or args.new_tokens, block_length=32).tiling(args.new_tokens)
     sizes = {(args.prompt_length, args.new_tokens) for args in (parser.parse_args(call.split()) for call in calls)}
-    assert small or {(128, 256), (128, 1024), (1024, 256), (1024, 1024), (32512, 256)} == sizes
+    assert small or sizes == {(128, 256), (128, 1024), (1024, 256), (32512, 256)}
 
 
 def test_the_profile_of_a_step_names_its_parts(tmp_path):

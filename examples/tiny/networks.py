@@ -95,7 +95,7 @@ def round_weights(network: PreTrainedModel) -> PreTrainedModel:
 
 
 def export_dlm(dlm: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes `dlm` in the format of the public Dream checkpoints."""
+    """Writes `dlm` in the format of the public Dream checkpoints: kept in bfloat16, to be computed in float32."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
     weights = {name: weight.bfloat16().contiguous() for name, weight in dlm.state_dict().items()}
@@ -133,7 +133,7 @@ def dream_config(config: Qwen2Config) -> dict:
         "rope_theta": config.rope_parameters["rope_theta"],
         "sliding_window": None,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
+        "torch_dtype": "float32",
         "transformers_version": transformers.__version__,
         "use_cache": True,
         "use_mrope": False,
@@ -143,11 +143,13 @@ def dream_config(config: Qwen2Config) -> dict:
 
 
 def export_guider(guider: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Writes `guider` as an ordinary Llama checkpoint in bfloat16."""
+    """Writes `guider` as an ordinary Llama checkpoint: kept in bfloat16, to be computed in float32."""
     tokenizer.save_pretrained(folder)
     rounded = LlamaForCausalLM(guider.config).bfloat16()
     rounded.load_state_dict(guider.state_dict())
     rounded.save_pretrained(folder)
+    config = folder / "config.json"
+    config.write_text(config.read_text().replace('"dtype": "bfloat16"', '"dtype": "float32"'))
     make_readable(folder)
 
 

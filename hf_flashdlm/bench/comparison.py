@@ -1,5 +1,6 @@
 """Comparing methods by time: the rows of `flashdlm bench`. What the numbers mean:
 
+long%: accuracy where the correct answer is among the longest quarter.
 seconds: median over the runs of the time that all prompts take together; in every run the methods take turns.
 /full, /EOS: speed over the plain decode (no cache, one token per forward) that fills the canvas, and over the plain
 decode that stops at the end of the text: their seconds divided by these seconds.
@@ -53,9 +54,9 @@ from .workload import Workload, problem_workload, random_workload
 MARGIN = 0.01  # of the accuracy, which the best method may give away
 OPPONENTS = ("ar", "dual+threshold")
 RANDOM_PROMPT_LENGTH = 128  # of random ids, unless the caller names one
-HEADERS = "method batch accuracy% seconds /full /EOS NFE guider active tok/fwd tok/s peakMB outside% xfloor".split()
+HEADERS = "method batch accuracy% long% seconds /full /EOS NFE guider active tok/fwd tok/s".split()
 OPERATIONS = ("operations_per_forward", "operations_per_step")  # of a row of the record
-HEADERS += ["ops/fwd", "ops/step", "ms/step"]
+HEADERS += ["peakMB", "outside%", "xfloor", "ops/fwd", "ops/step", "ms/step"]
 
 
 def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str], None]) -> dict:
@@ -73,7 +74,7 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
     new_tokens = args.new_tokens or 256
     models = load_models(args, device, (args.prompt_length or RANDOM_PROMPT_LENGTH) + new_tokens)
     block_length = models.block_length(args.block_length, new_tokens)
-    steps = args.steps or new_tokens
+    steps = models.steps_per_block(args.steps, new_tokens, block_length)
     chosen = choose(args.methods, recipes(steps, block_length), references(args.reference, steps), models)
     if args.compile:
         # All methods share the compiled code, in one process.
@@ -223,6 +224,7 @@ def format_row(row: dict) -> list[str]:
         row["method"],
         str(row["batch_size"]),
         number("accuracy", ".0f", 100),
+        number("accuracy_of_long", ".0f", 100),
         number("seconds", ".3f"),
         number("speed_over_full_canvas", ".2f"),
         number("speed_over_eos_stop", ".2f"),

@@ -58,6 +58,11 @@ class Models:
         recommended = getattr(self.model.generation_config, "block_length", None)
         return min(wanted or recommended or DEFAULT_BLOCK_LENGTH, new_tokens)
 
+    @staticmethod
+    def steps_per_block(steps: int | None, new_tokens: int, block_length: int) -> int:
+        """The steps of a block where `steps` are those of the canvas; by default each step writes one token."""
+        return block_length if steps is None else max(steps * block_length // new_tokens, 1)
+
     def guider(self, recipe: Recipe) -> ARGuider:
         """The guider of a recipe, made once and then reused."""
         key = (recipe.guider, *recipe.rule.items())

@@ -7,13 +7,12 @@ nothing of what is measured.
 import argparse
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-from ..configuration_dream import DreamConfig
 from ..console.checkpoint import Checkpoint
 from ..tiny import FOLDER
 from .decoding import Models
-from .shapes import GUIDER_SHAPES, SHAPES
+from .shapes import GUIDER_SHAPES, SHAPES, TWINS
 
 
 def load_models(args: argparse.Namespace, device: torch.device, canvas_length: int) -> Models:
@@ -70,8 +69,12 @@ def guider_config(args: argparse.Namespace, config):
 
 def twin_config(config):
     """The autoregressive model of the same shape: Qwen2 for Dream, Llama for LLaDA."""
+    if config.model_type not in TWINS:
+        raise ValueError(
+            f"`--methods` ar needs a model of type {' or '.join(TWINS)}, got {config.model_type!r}: leave ar out."
+        )
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     names += ("vocab_size", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings")
-    kind = Qwen2Config if config.model_type == DreamConfig.model_type else LlamaConfig
+    sizes = {name: getattr(config, name) for name in names}
     # Without an end token it generates as many tokens as it is asked for.
-    return kind(**{name: getattr(config, name) for name in names}, eos_token_id=None, pad_token_id=0)
+    return AutoConfig.for_model(TWINS[config.model_type], **sizes, eos_token_id=None, pad_token_id=0)

@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING
 
 from ..methods import METHODS
 from .recipe import Recipe
+from .shapes import TWINS
+
+
+INEXACT = ("prefix", "dkv")  # window policies that block-causal models are refused
 
 
 if TYPE_CHECKING:  # the names of the methods are known before torch is imported
@@ -18,9 +22,9 @@ if TYPE_CHECKING:  # the names of the methods are known before torch is imported
     from .decoding import Models
 
 
-def recipes(steps: int, block_length: int) -> dict[str, Recipe]:
+def recipes(steps_per_block: int, block_length: int) -> dict[str, Recipe]:
     """The methods that can be compared, by name; the first two are the baselines."""
-    fixed = {"steps": steps}
+    fixed = {"steps_per_block": steps_per_block}
     sure = METHODS["fast-dllm"]
     window = {"right_window": 2 * block_length}
     both = {"combine": "intersection", "confidence_threshold": 0.5}
@@ -60,7 +64,7 @@ def decode_twin(models: "Models", inputs: dict, options: dict) -> "torch.LongTen
     return models.twin.generate(**inputs, max_new_tokens=options["max_new_tokens"], do_sample=False)
 
 
-def references(path: str | None, steps: int) -> dict[str, list[Recipe]]:
+def references(path: str | None, steps_per_block: int) -> dict[str, list[Recipe]]:
     """The loops in `METHODS` of the user's Python file, by name, each after the built-in method with its settings."""
     if path is None:
         return {}
@@ -77,7 +81,7 @@ def references(path: str | None, steps: int) -> dict[str, list[Recipe]]:
     found = {}
     for name, loop, options in entries:
         if "confidence_threshold" not in options:
-            options["steps"] = steps
+            options["steps_per_block"] = steps_per_block
         built_in = Recipe(f"{name} (ours)", options | {"stop_at_eos": False}, like=name)
         found[name] = [built_in, Recipe(name, loop=reference_loop(loop))]
     return found
@@ -105,13 +109,24 @@ def compiled(recipe: Recipe) -> Recipe | None:
 def choose(
     wanted: list[str] | None, known: dict[str, Recipe], pairs: dict[str, list[Recipe]], models: "Models"
 ) -> list[Recipe]:
-    """The methods asked for. By default the pairs with references, else all methods that need no missing guider."""
+    """The methods asked for. By default the pairs with references, else all methods that the models can decode by."""
     if wanted is None:
         everything = sum(pairs.values(), []) or known.values()
-        return [recipe for recipe in everything if recipe.guider is None or models.guiders]
+        return [recipe for recipe in everything if is_possible(recipe, models)]
     for name in wanted:
         if name not in known and name not in pairs:
             raise ValueError(f"`--methods` must be some of {', '.join([*known, *pairs])}, got {name!r}.")
         if name in known and known[name].guider is not None and not models.guiders:
             raise ValueError(f"`--methods` {name} needs a guider: add `--guider`.")
     return [recipe for name in wanted for recipe in pairs.get(name) or [known[name]]]
+
+
+def is_possible(recipe: Recipe, models: "Models") -> bool:
+    """Whether the models can decode by a recipe: a guider, a twin and the window policy must be there for it."""
+    from ..block_causal import attention_block_length
+
+    if recipe.guider is not None and not models.guiders:
+        return False
+    if recipe.name == "ar":
+        return models.model.config.model_type in TWINS
+    return attention_block_length(models.model) is None or recipe.options.get("window_policy") not in INEXACT

@@ -29,6 +29,8 @@ class Run:
 
     num_rows: int = 0
     correct: int | None = None
+    long_rows: int = 0
+    long_correct: int = 0
     tokens: int = 0
     nfe: int = 0
     guider_forwards: int = 0
@@ -74,10 +76,12 @@ class Run:
             "outside_forwards_share": self.outside_share,
             "accuracy": None,
             "accuracy_interval": None,
+            "accuracy_of_long": None,
         }
         if self.correct is not None:
             interval = binomial_interval(self.correct, self.num_rows)
             figures |= {"accuracy": self.correct / self.num_rows, "accuracy_interval": list(interval)}
+            figures["accuracy_of_long"] = self.long_correct / self.long_rows if self.long_rows else None
         return figures
 
 
@@ -115,7 +119,11 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
         if total.correct is not None:
             answers = models.checkpoint.tokenizer.batch_decode(texts, skip_special_tokens=True)
             pairs = zip(answers, workload.answers[index], strict=True)
-            total.correct += sum(final_number(text) == answer for text, answer in pairs)
+            right = [final_number(text) == answer for text, answer in pairs]
+            is_long = workload.is_long(index)
+            total.correct += sum(right)
+            total.long_rows += sum(is_long)
+            total.long_correct += sum(map(min, right, is_long))
     return total
 
 

@@ -4,6 +4,7 @@
 SHAPES = {
     "llada-8b": ("llada", {}),
     "dream-7b": ("Dream", {}),
+    "llada2-mini": ("llada2_moe", {}),
     "llada-50m": (
         "llada",
         dict(d_model=512, n_layers=8, n_heads=8, n_kv_heads=8, mlp_hidden_size=1792)
@@ -21,3 +22,5 @@ GUIDER_SHAPES = {
     ),
     "tiny": None,
 }
+# The autoregressive architecture of the same shape, by the type of the diffusion model.
+TWINS = {"llada": "llama", "Dream": "qwen2"}

@@ -50,6 +50,11 @@ class Workload:
             return None
         return [min(length, self.options["max_new_tokens"]) for length in self.lengths[index]]
 
+    def is_long(self, index: int) -> list[bool]:
+        """Which correct answers of a batch are among the longest quarter of the workload's."""
+        lengths = sorted(length for batch in self.lengths or () for length in batch)
+        return [length >= lengths[3 * len(lengths) // 4] for length in self.lengths[index]] if lengths else []
+
 
 def problem_workload(
     checkpoint: Checkpoint, count: int, batch_size: int, seed: int, options: dict, prompt_length: int | None = None

@@ -43,9 +43,9 @@ LIKELIHOOD = Recipe("log-likelihood")  # of given answers
 BASELINES = {"speed_over_full_canvas": "plain", "speed_over_eos_stop": "plain-eos"}
 
 
-def methods(steps: int, block_length: int) -> dict[str, Recipe]:
+def methods(steps_per_block: int, block_length: int) -> dict[str, Recipe]:
     """The methods by name: those of `flashdlm bench`, and the published ones as `generate(method=)` has them."""
-    known = {name: recipe for name, recipe in recipes(steps, block_length).items() if recipe.loop is None}
+    known = {name: recipe for name, recipe in recipes(steps_per_block, block_length).items() if recipe.loop is None}
     guided = dict.fromkeys(("flashdlm", "flashdlm-fast"), "guider")
     return {name: Recipe(name, {"method": name}, guided.get(name)) for name in METHODS} | known
 
@@ -138,7 +138,8 @@ def plan(args: argparse.Namespace, tasks: dict[str, dict], models: Models, descr
         options = {"block_length": block_length, "stop_at_eos": not args.fill_canvas}
         chosen = [LIKELIHOOD]
         if any(task.OUTPUT_TYPE == "generate_until" for task in members.values()):
-            chosen = choose(args.methods, methods(args.steps or length, block_length), {}, models)
+            steps = models.steps_per_block(args.steps, length, block_length)
+            chosen = choose(args.methods, methods(steps, block_length), {}, models)
         config = key_of({key: task.dump_config() for key, task in members.items()})
         for recipe in chosen:
             guider = recipe.guider and described[recipe.guider]["weights_hash"]

@@ -112,7 +112,7 @@ def foreign():
 
 @pytest.fixture(scope="module")
 def expected_of_foreign(foreign, batch, guider, expected):
-    """The ids that the package decodes with that class, whose layers round otherwise than ours in bfloat16."""
+    """The ids that the package decodes with that class."""
     output = diffusion_generate(foreign, **batch, guider=guider, return_dict_in_generate=True)
     assert output.sequences.equal(expected.sequences)
     return output
