@@ -20,7 +20,7 @@ from hf_flashdlm.cli import main
 
 
 QUESTION = "Clara has 8 beads. Yara has 10 more than Clara. How many do they have together?"
-SETTINGS = Settings(max_new_tokens=24, block_length=8, confidence_threshold=0.9)
+SETTINGS = Settings(max_new_tokens=16, block_length=8, confidence_threshold=0.9)
 STYLE = (Path(hf_flashdlm.app.__file__).parent / "page.css").read_text(encoding="utf-8")
 
 
@@ -40,7 +40,7 @@ def traces(pair):
 def outputs(pair):
     """What `model.generate` returns for each method."""
     checkpoint, guider = pair
-    options = {"max_new_tokens": 24, "block_length": 8, "do_sample": False, "return_dict_in_generate": True}
+    options = {"max_new_tokens": 16, "block_length": 8, "do_sample": False, "return_dict_in_generate": True}
     options |= {"output_history": True, "output_confidence": True}
     inputs = checkpoint.encode([QUESTION], None)
     compared = methods(SETTINGS, guider)
@@ -226,7 +226,7 @@ def test_a_canvas_begins_masked_and_fills(pair, traces):
             sum(cell.author != MASKED for cell in canvas(pair[0], trace, step))
             for step in range(len(trace.canvases) + 1)
         ]
-        assert written[0] == 0 and len(canvas(pair[0], trace, 0)) == 24
+        assert written[0] == 0 and len(canvas(pair[0], trace, 0)) == 16
         assert written[1] > 0 and written[-1] == len(canvas(pair[0], trace, len(trace.canvases)))
 
 
@@ -252,7 +252,7 @@ def test_a_step_after_the_last_shows_the_last(pair, traces):
 def test_masks_have_words(pair, traces):
     found = parts(panel(pair[0], traces[0], 0)).found
     (masks,) = [(attrs, text) for _, attrs, text in found if "flash-masked" in attrs.get("class", "")]
-    assert masks[0]["aria-label"] == "24 masked" and masks[0]["role"] == "img" and masks[1].count("░") == 24
+    assert masks[0]["aria-label"] == "16 masked" and masks[0]["role"] == "img" and masks[1].count("░") == 16
     assert "nothing written yet" in panel(pair[0], traces[0], 0)
     words = parts(panel(pair[0], traces[2])).text
     assert AUTHORS[MODEL] in words and AUTHORS[GUIDER] in words
