@@ -23,8 +23,11 @@ gradio = pytest.importorskip("gradio")
 playwright = pytest.importorskip("playwright.sync_api")
 page_module = pytest.importorskip("hf_flashdlm.app.page")
 
-# Of Gradio, whose count of visits uses a setting that pandas drops.
-pytestmark = pytest.mark.filterwarnings("ignore:.*no_silent_downcasting")
+# Of Gradio, whose count of visits uses what pandas drops.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*no_silent_downcasting"),
+    pytest.mark.filterwarnings("ignore:The copy keyword is deprecated"),
+]
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -334,8 +337,8 @@ LINE = "one => getComputedStyle(one).borderBottomStyle"
 
 def test_a_screenshot(visit, tmp_path):
     page = visit({"width": 1280, "height": 1000})
-    decode(page, page.input_value("#prompt textarea"))
-    move(page, 6)
+    decode(page, QUESTION)
+    move(page, 3)
     path = Path(os.environ.get("SCREENSHOT", tmp_path / "app.png"))
     page.screenshot(path=path, full_page=True)
     assert 10_000 < path.stat().st_size < 300_000
@@ -371,11 +374,13 @@ def test_the_command_serves_the_page_until_it_is_interrupted():
 
 def test_a_space_starts_from_what_it_contains(chromium, models, tmp_path):
     space = export_space(tmp_path / "space", "o/page")
+    carried = space / "hf_flashdlm" / "app" / "page.py"
+    carried.write_text(carried.read_text(encoding="utf-8") + 'TITLE = "carried"\n', encoding="utf-8")
     with served([str(space / "app.py")], tmp_path, PYTHONPATH="") as (said, _, address):
         assert "Traceback" not in said
         page = chromium.new_page()
         page.goto(address)
+        assert page.title() == "carried"
         decode(page, SHORT)
         assert [answer(panel) for panel in panels(page)] == expected(models, SHORT)[1]
         page.close()
-    assert (space / "hf_flashdlm" / "app" / "__pycache__").is_dir(), "its own package ran"
