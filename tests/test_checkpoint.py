@@ -186,5 +186,5 @@ def test_a_device_or_dtype_that_is_not_there_is_refused(arguments, message):
 
 
 def test_a_negative_temperature_is_refused(checkpoint):
-    with pytest.raises(ValueError, match="`--temperature` must not be negative, got -1"):
+    with pytest.raises(ValueError, match="`temperature` must not be negative, got -1"):
         checkpoint.continue_prompts([QUESTION], {"temperature": -1})

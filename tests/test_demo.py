@@ -1,6 +1,8 @@
 """The demonstration: what it measures and how it reports it."""
 
 import io
+import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -34,6 +36,7 @@ def test_the_record_holds_every_figure_and_how_to_measure_it_again(run):
         "batch_size": 1,
         "repeats": 2,
         "show": 1,
+        "slow": 20,
         "seed": 0,
         "max_new_tokens": 64,
         "block_length": record["settings"]["block_length"],
@@ -89,37 +92,103 @@ def test_a_file_gets_text_without_control_codes(run):
     assert "NFE: forwards of the diffusion model" in printed
 
 
-def test_a_terminal_sees_the_canvas_fill(monkeypatch):
-    monkeypatch.setattr(demo, "SECONDS_PER_FORWARD", 0.0)
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    checkpoint = demo.Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
-    problems = sample_problems(1, seed=0)
-    demo.show_decoding(checkpoint, demo.compared_methods(None)[2:3], problems, console)
-    printed = console.file.getvalue()
-    assert "░ is a masked position" in printed
+@pytest.fixture(scope="module")
+def checkpoint():
+    return demo.Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
+
+
+# All methods by their names, but fast.
+METHODS_BY_NAME = [Recipe(method.name, METHODS["flashdlm-fast"]) for method in demo.compared_methods(None)]
+PROBLEMS = sample_problems(2, seed=0)
+
+
+def terminal(**settings):
+    return Console(file=io.StringIO(), force_terminal=True, color_system=None, width=80, height=24, **settings)
+
+
+def test_a_terminal_sees_the_decodes_side_by_side(checkpoint):
+    console = terminal()
+    demo.show_decoding(checkpoint, METHODS_BY_NAME, PROBLEMS[:1], 1, console)
+    printed, names = console.file.getvalue(), [method.name for method in METHODS_BY_NAME]
+    assert "░ is a masked position" in printed and "shown at its pace, 1 times slower" in printed
+    assert any(all(name in line for name in names[:3]) for line in printed.splitlines()), "three in a line"
     assert printed.count("░") > 64
-    assert "forwards, " in printed
+    ended = printed.rpartition("\x1b[?25h")[2]
+    assert all(f"{name}: right" in ended for name in names) and "░" not in ended
 
 
-def test_the_table_fits_80_columns_whatever_the_figures():
-    rows = [
-        {
-            "name": "plain, full canvas",
-            "accuracy": 1.0,
-            "accuracy_interval": [0.98, 1.0],
-            "nfe": 64.0,
-            "guider_forwards": 64.0,
-            "active_tokens": 6528.0,
-            "tokens_per_forward": 64.0,
-            "seconds": 1234.56,
-            "speed_over_full_canvas": 12.3,
-            "speed_over_eos_stop": 12.3,
-        }
-    ]
+def test_progress_names_the_method_and_how_many_problems_are_done(checkpoint):
+    console = terminal()
+    demo.time_demo(checkpoint, METHODS_BY_NAME, PROBLEMS, replace(SETTINGS, repeats=1), console)
+    printed = console.file.getvalue()
+    for number, method in enumerate(METHODS_BY_NAME, 1):
+        for done in (0, 1):
+            assert f"run 1/1, {done}/2 problems, method {number}/5: {method.name}" in printed
+    assert printed.count("0:00:0") >= 5, "the time that is left"
+
+
+def test_nothing_is_drawn_while_a_decode_is_timed(checkpoint, monkeypatch):
+    console, decode, drawn, threads = terminal(), Measurement.decode, [], []
+
+    def watched(self, *args):
+        before = console.file.tell()
+        decode(self, *args)
+        drawn.append(console.file.tell() - before)
+        threads.append(threading.active_count())
+
+    before = threading.active_count()
+    monkeypatch.setattr(Measurement, "decode", watched)
+    demo.time_demo(checkpoint, METHODS_BY_NAME, PROBLEMS, replace(SETTINGS, repeats=1), console)
+    assert drawn == 10 * [0] and threads == 10 * [before]
+
+
+def test_a_dumb_terminal_gets_the_lines_of_a_file(checkpoint):
+    dumb, file = terminal(_environ={"TERM": "dumb"}), Console(file=io.StringIO(), width=80)
+    for console in (dumb, file):
+        demo.show_decoding(checkpoint, METHODS_BY_NAME, PROBLEMS[:1], 1, console)
+        demo.time_demo(checkpoint, METHODS_BY_NAME[:1], PROBLEMS[:1], replace(SETTINGS, repeats=1), console)
+    assert dumb.file.getvalue() == file.file.getvalue() != ""
+    assert "forwards, right\n" in file.file.getvalue()
+
+
+@pytest.fixture
+def row():
+    return {
+        "name": "plain, full canvas",
+        "accuracy": 1.0,
+        "accuracy_interval": [0.98, 1.0],
+        "nfe": 64.0,
+        "guider_forwards": 64.0,
+        "active_tokens": 6528.0,
+        "tokens_per_forward": 64.0,
+        "seconds": 1234.56,
+        "speed_over_full_canvas": 12.3,
+        "speed_over_eos_stop": 12.3,
+    }
+
+
+def test_the_table_fits_80_columns_whatever_the_figures(row):
     console = Console(file=io.StringIO(), width=80)
-    console.print(demo.results_table(rows))
+    console.print(demo.results_table([row], console))
     assert "…" not in console.file.getvalue()
     assert "100.0 (98-100) 64.0   64.0   6528   64.00 1234.56 12.3x 12.3x" in console.file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("width", "figures"),
+    [
+        (79, "100.0 (98-100) 64.0   64.0   64.00 1234.56 12.3x 12.3x"),
+        (70, "100.0 (98-100) 64.0   64.0 1234.56 12.3x 12.3x"),
+        (60, "100.0 (98-100) 64.0 1234.56 12.3x 12.3x"),
+        (55, "100.0 (98-100) 64.0 1234.56 12.3x"),
+        (45, "100.0 (98-100) 1234.56"),
+    ],
+)
+def test_a_narrower_terminal_gets_fewer_figures_and_those_whole(row, width, figures):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(demo.results_table([row], console))
+    printed = console.file.getvalue()
+    assert "…" not in printed and f"plain, full canvas {figures}\n" in printed
 
 
 def test_the_seed_draws_the_problems():

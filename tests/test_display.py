@@ -1,12 +1,13 @@
 """The streamer that shows a canvas: what is masked, what is new, what is finished."""
 
 import io
+from types import SimpleNamespace
 
 import pytest
 import torch
 from rich.console import Console
 
-from hf_flashdlm.console.display import FRESH, MASKED, CanvasStreamer, mask_character
+from hf_flashdlm.console.display import FRESH, MASKED, CanvasStreamer, mask_character, shows_canvas
 
 
 MASK, END = 0, 1
@@ -83,3 +84,22 @@ def test_the_rows_of_a_batch_stand_below_each_other(streamer, frames):
     streamer.put_draft(torch.tensor([[7, 2, 3], [7, 2, 3]]))
     assert [frame.plain for frame in frames] == [" _ three\n\n two _", " two three\n\n two three"]
     assert styled(frames[1]) == [(" two", FRESH), (" three", FRESH)]
+
+
+@pytest.mark.parametrize(
+    ("is_terminal", "kind", "expected"), [(True, "xterm", True), (True, "dumb", False), (False, "xterm", False)]
+)
+def test_a_canvas_is_shown_where_the_cursor_can_be_moved(is_terminal, kind, expected):
+    console = Console(file=io.StringIO(), force_terminal=is_terminal, _environ={"TERM": kind})
+    assert shows_canvas(console) is expected
+
+
+def test_the_time_of_showing_is_counted(streamer, monkeypatch):
+    streamer.pause, waits = 2.0, []
+    clock = SimpleNamespace(sleep=waits.append, perf_counter=lambda: sum(waits))
+    monkeypatch.setattr("hf_flashdlm.console.display.time", clock)
+    for _ in range(2):
+        streamer.put(torch.tensor([[7]]))
+        streamer.put_draft(torch.tensor([[7, 2]]))
+        streamer.end()
+    assert streamer.seconds == sum(waits) == 4

@@ -84,6 +84,8 @@ def test_what_a_model_writes_does_not_steer_the_terminal(hostile, more):
     assert os.waitpid(pid, 0)[1] == 0, shown
     assert b"\x1b\x1b" not in shown
     assert b"\\x1b\\x1b\\x1b\\x1b" in shown
+    assert b"\\x1b[" not in shown, "what moves the cursor is spelled out"
+    assert (b"\x1b[2K" in shown) == bool(more), "the canvas is drawn anew"
 
 
 def test_a_pipe_gets_the_text_as_it_is(hostile, capsys):

@@ -4,27 +4,29 @@ Owns which methods are compared, what is counted and how it is reported. Knows n
 """
 
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from itertools import product
 
 import torch
-from rich.console import Console, Group
-from rich.live import Live
-from rich.table import Table
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
 from rich.text import Text
 
 from ..console.checkpoint import Checkpoint, Continuation
-from ..console.display import mask_character
+from ..console.display import mask_character, shows_canvas
 from ..guider import ARGuider
 from ..methods import METHODS
 from ..tiny import FOLDER, GUIDANCE, Problem, final_number, sample_problems
 from .machine import describe_machine, versions
 from .recipe import Recipe
+from .replay import Recorder, Replay, Stage
 from .run import binomial_interval
 from .settings import Settings
 
 
 PROBLEM_TOKENS = 64
-SECONDS_PER_FORWARD = 0.04
 
 NOTES = """\
 NFE: forwards of the diffusion model; guider: forwards of the guider; active:
@@ -33,6 +35,22 @@ Tokens: generated tokens up to and including EOS. Seconds: for all problems
 together, median of the runs.
 Speed: over the two baselines, the plain decodes that fill the whole canvas
 (full) and that stop at the end of the text (EOS)."""
+
+# The columns of the table, and which are left out first where there is no room.
+FIGURES: dict[str, Callable[[dict], str]] = {
+    "\ndecoding": lambda row: row["name"],
+    "accuracy %\n(95%)": lambda row: "{:.1f} ({:.0f}-{:.0f})".format(
+        *(100 * share for share in (row["accuracy"], *row["accuracy_interval"]))
+    ),
+    "\nNFE": lambda row: f"{row['nfe']:.1f}",
+    "\nguider": lambda row: f"{row['guider_forwards']:.1f}",
+    "\nactive": lambda row: f"{row['active_tokens']:.0f}",
+    "tokens/\nforward": lambda row: f"{row['tokens_per_forward']:.2f}",
+    "\nseconds": lambda row: f"{row['seconds']:.2f}",
+    "speed\n/full": lambda row: f"{row['speed_over_full_canvas']:.1f}x",
+    "speed\n/EOS": lambda row: f"{row['speed_over_eos_stop']:.1f}x",
+}
+LEFT_OUT = ("\nactive", "tokens/\nforward", "\nguider", "speed\n/full", "\nNFE", "speed\n/EOS")
 
 
 @dataclass
@@ -76,8 +94,9 @@ def run_demo(settings: Settings, console: Console) -> dict:
     problems = sample_problems(settings.problems, settings.seed)
     checkpoint = Checkpoint.load(str(FOLDER / "dlm"), "cpu", "float32")
     methods = compared_methods(checkpoint.load_guider(str(FOLDER / "guider"), "cpu", "float32", **GUIDANCE))
-    if settings.show:
-        show_decoding(checkpoint, methods[1:3] + methods[4:], problems[: settings.show], console)
+    for method in methods:  # warm-up
+        decode_problems(checkpoint, method, problems[:1])
+    show_decoding(checkpoint, methods, problems[: settings.show], settings.slow, console)
     block_length = checkpoint.model.generation_config.block_length
     console.print(
         f"{settings.problems} held-out problems in batches of {settings.batch_size}, at most {PROBLEM_TOKENS} new "
@@ -85,7 +104,7 @@ def run_demo(settings: Settings, console: Console) -> dict:
     )
     measurements = time_demo(checkpoint, methods, problems, settings, console)
     record = make_record(settings, block_length, measurements)
-    console.print(results_table(record["methods"]))
+    console.print(results_table(record["methods"], console))
     console.print(f"\n{NOTES}")
     return record
 
@@ -107,39 +126,45 @@ def decode_problems(checkpoint: Checkpoint, method: Recipe, problems: list[Probl
     return checkpoint.continue_prompts([problem.question for problem in problems], options)
 
 
-def show_decoding(checkpoint: Checkpoint, methods: list[Recipe], problems: list[Problem], console: Console) -> None:
-    """Decode `problems` one by one with each method; a terminal shows the canvas as it fills."""
-    if console.is_terminal:
+def show_decoding(
+    checkpoint: Checkpoint, methods: list[Recipe], problems: list[Problem], slow: int, console: Console
+) -> None:
+    """Decode `problems` one by one with each method; a terminal shows the canvases as they filled, side by side."""
+    if not shows_canvas(console):
+        for problem in problems:
+            console.print(Text(problem.question, "bold"))
+            for method in methods[1:3] + methods[4:]:
+                print_decoded(checkpoint, method, problem, console)
+            console.print()
+        return
+    if problems and slow:
         console.print(
-            f"{mask_character(console)} is a masked position, green is what the last forward wrote. Every forward is "
-            f"shown for {1000 * SECONDS_PER_FORWARD:.0f} ms.\n"
+            f"{mask_character(console)} is a masked position, green is what the last forward wrote. Each decode is "
+            f"shown at its pace, {slow} times slower.\n"
         )
+    painter = checkpoint.canvas_streamer(print, console)  # draws what it is given, and is shown nothing itself
     for problem in problems:
-        console.print(Text(problem.question, "bold"))
-        for method in methods:
-            decode_in_view(checkpoint, method, problem, console)
-        console.print()
+        replays = [record_decoding(checkpoint, method, problem) for method in methods]
+        console.print(Text(f"{problem.question} ({problem.final})", "bold"))
+        Stage(replays, painter, console).play(slow)
 
 
-def decode_in_view(checkpoint: Checkpoint, method: Recipe, problem: Problem, console: Console) -> None:
-    """Decode one problem; its text stays in view, with the number of forwards."""
+def print_decoded(checkpoint: Checkpoint, method: Recipe, problem: Problem, console: Console) -> None:
+    """Decode one problem, and print its text with the number of forwards."""
+    continuation = decode_problems(checkpoint, method, [problem])
+    text, forwards = continuation.texts[0], int(continuation.output.nfe)
+    right = final_number(text) == problem.final
+    verdict = "right" if right else f"wrong, it is {problem.final}"
+    console.print(Text(f"{method.name}: {forwards} forwards, {verdict}", "cyan"), Text(text), sep="\n")
 
-    def picture(text: Text, verdict: str = "") -> Group:
-        return Group(Text(method.name + verdict, "cyan"), text)
 
-    if console.is_terminal:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-
-            def show(text: Text) -> None:
-                live.update(picture(text), refresh=True)
-
-            streamer = checkpoint.canvas_streamer(show, console, SECONDS_PER_FORWARD)
-            continuation = decode_problems(checkpoint, method, [problem], streamer)
-    else:
-        continuation = decode_problems(checkpoint, method, [problem])
-    text = continuation.texts[0]
-    verdict = "right" if final_number(text) == problem.final else f"wrong, it is {problem.final}"
-    console.print(picture(Text(text), f": {int(continuation.output.nfe)} forwards, {verdict}"))
+def record_decoding(checkpoint: Checkpoint, method: Recipe, problem: Problem) -> Replay:
+    """Decode one problem; its steps with the times at which they were written."""
+    recorder = Recorder(checkpoint.model.config.mask_token_id)
+    with recorder.counting(method.options.get("guider")):
+        continuation = decode_problems(checkpoint, method, [problem], recorder)
+    right = final_number(continuation.texts[0]) == problem.final
+    return recorder.replay(method.name, "right" if right else "wrong", continuation.seconds)
 
 
 def time_demo(
@@ -147,17 +172,35 @@ def time_demo(
 ) -> list[Measurement]:
     """Decode all problems with every method, `settings.repeats` times."""
     starts = range(0, len(problems), settings.batch_size)
-    batches = [problems[start : start + settings.batch_size] for start in starts]
     measurements = [Measurement(method) for method in methods]
-    for method in methods:  # warm-up
-        decode_problems(checkpoint, method, batches[0][:1])
-    # The methods take turns at every batch, so that a slow minute of the machine falls on all of them.
-    for run in range(settings.repeats):
-        for index, batch in enumerate(batches):
-            with console.status(f"run {run + 1} of {settings.repeats}, batch {index + 1} of {len(batches)}"):
-                for measurement in measurements:
-                    measurement.decode(checkpoint, batch, run)
+    with progress_bar(console, settings.repeats * len(problems) * len(methods)) as progress:
+        (task,) = progress.task_ids
+        # The methods take turns at every batch, so that a slow minute of the machine falls on all of them.
+        for run, start in product(range(settings.repeats), starts):
+            batch = problems[start : start + settings.batch_size]
+            for number, measurement in enumerate(measurements, 1):
+                done = f"run {run + 1}/{settings.repeats}, {start}/{len(problems)} problems"
+                now = f"method {number}/{len(methods)}: {measurement.method.name}"
+                progress.update(task, description=f"{done}, {now}", refresh=True)
+                measurement.decode(checkpoint, batch, run)
+                progress.advance(task, len(batch))
     return measurements
+
+
+def progress_bar(console: Console, total: int) -> Progress:
+    """A bar that is drawn when it is told to, and never while a decode is timed; on a terminal alone."""
+    text = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+    progress = Progress(
+        *(text, BarColumn(bar_width=12), TimeRemainingColumn()),
+        console=console,
+        auto_refresh=False,
+        transient=True,
+        expand=True,
+        disable=not shows_canvas(console),
+        speed_estimate_period=3600,
+    )
+    progress.add_task("", total=total)
+    return progress
 
 
 def make_record(settings: Settings, block_length: int, measurements: list[Measurement]) -> dict:
@@ -195,24 +238,17 @@ def method_record(measurement: Measurement, full_canvas_seconds: float, eos_stop
     }
 
 
-def results_table(rows: list[dict]) -> Table:
-    """The table of the `methods` of a record, 80 columns wide."""
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
-    table.add_column("\ndecoding", no_wrap=True)
-    counts = ("\nNFE", "\nguider", "\nactive", "tokens/\nforward", "\nseconds", "speed\n/full", "speed\n/EOS")
-    for header in ("accuracy %\n(95%)", *counts):
-        table.add_column(header, justify="right", no_wrap=True)
-    for row in rows:
-        low, high = row["accuracy_interval"]
-        table.add_row(
-            row["name"],
-            f"{100 * row['accuracy']:.1f} ({100 * low:.0f}-{100 * high:.0f})",
-            f"{row['nfe']:.1f}",
-            f"{row['guider_forwards']:.1f}",
-            f"{row['active_tokens']:.0f}",
-            f"{row['tokens_per_forward']:.2f}",
-            f"{row['seconds']:.2f}",
-            f"{row['speed_over_full_canvas']:.1f}x",
-            f"{row['speed_over_eos_stop']:.1f}x",
-        )
-    return table
+def results_table(rows: list[dict], console: Console) -> Table:
+    """The table of the `methods` of a record, 80 columns wide; on a narrower terminal with fewer figures."""
+    left_out: list[str] = []
+    while True:
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False, header_style="bold")
+        columns = {header: figure for header, figure in FIGURES.items() if header not in left_out}
+        for header in columns:
+            table.add_column(header, justify="right" if table.columns else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(figure(row) for figure in columns.values()))
+        needed = console.measure(table, options=console.options.update(width=100)).maximum
+        if needed <= console.width or len(left_out) == len(LEFT_OUT):
+            return table
+        left_out.append(LEFT_OUT[len(left_out)])

@@ -13,6 +13,8 @@ class Settings:
         batch_size (`int`): Problems decoded together.
         repeats (`int`): Runs of each method; their median is the time.
         show (`int`): Problems of the sample that are decoded in view, one at a time.
+        slow (`int`): On a terminal they are replayed this many times slower than they were decoded, or if 0 not at
+            all.
         seed (`int`): Seed of the draw of the sample. Decoding is greedy and draws nothing.
     """
 
@@ -20,4 +22,5 @@ class Settings:
     batch_size: int = 25
     repeats: int = 1
     show: int = 3
+    slow: int = 20
     seed: int = 0

@@ -15,7 +15,7 @@ from pathlib import Path
 from ..bench.report import write_json
 from ..bench.settings import Settings
 from ..console.defaults import MAX_NEW_TOKENS
-from ..console.terminal import guarded_terminal, visible
+from ..console.terminal import guarded_terminal, unguarded, visible
 from ..generation_config import WINDOW_POLICIES
 from ..version import __version__
 from .app import add_app
@@ -114,7 +114,7 @@ def add_generate(commands) -> None:
 
 def add_chat(commands) -> None:
     """The arguments of `flashdlm chat`."""
-    about = "Talk to a diffusion model and see each reply form. /clear forgets the turns, /exit ends."
+    about = "Talk to a diffusion model and see each reply form. /help lists what can be said to the chat."
     parser = commands.add_parser("chat", help="talk to a checkpoint in the terminal", description=about)
     parser.set_defaults(run=chat)
     add = parser.add_argument
@@ -154,6 +154,7 @@ def add_demo(commands) -> None:
     add("--batch-size", 1, "problems decoded together")
     add("--repeats", 1, "runs of each method, of which the median time counts")
     add("--show", 0, "problems to decode in view first")
+    add("--slow", 0, "times slower than decoded they are replayed on a terminal; 0 shows their ends alone")
     add("--seed", 0, "seed of the draw of problems")
     parser.add_argument("--json", metavar="PATH", help="write the figures to this file, too")
 
@@ -162,8 +163,6 @@ def generate(args: argparse.Namespace) -> None:
     """`flashdlm generate`."""
     if has_file(args):
         return answer_file(args, load)
-    from rich.console import Console
-
     from ..console.pictures import read_pictures
 
     if args.image and args.guider is not None:
@@ -172,7 +171,7 @@ def generate(args: argparse.Namespace) -> None:
     checkpoint, options = load(args, bool(images))
     if args.stream:
         for prompt in prompts:
-            report(checkpoint.stream(prompt, options, args.chat, Console(highlight=False), images), args.stats)
+            report(checkpoint.stream(prompt, options, args.chat, console_on(sys.stdout), images), args.stats)
     else:
         continuation = checkpoint.continue_prompts(prompts, options, args.chat, images)
         print("\n\n".join(continuation.texts))
@@ -181,19 +180,17 @@ def generate(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """`flashdlm chat`."""
-    from rich.console import Console
-
     from ..console.chat import run_chat
     from ..tiny import FOLDER, GUIDANCE, sample_problems
 
-    notes, guidance = Console(stderr=True, highlight=False, markup=False, soft_wrap=True), {}
+    notes, guidance = console_on(sys.stderr, markup=False, soft_wrap=True), {}
     if args.model is None:
         args.model = str(FOLDER / "dlm")
         if args.guider is None:
             args.guider, guidance = str(FOLDER / "guider"), GUIDANCE
         notes.print(f"The embedded model knows word problems such as: {sample_problems(1, 0)[0].question}")
     checkpoint, options = load(args, **guidance)
-    run_chat(checkpoint, options, args.system, Console(highlight=False), notes)
+    run_chat(checkpoint, options, args.system, console_on(sys.stdout), notes)
 
 
 def load(args: argparse.Namespace, images: bool = False, **guidance):
@@ -244,18 +241,22 @@ def report(continuation, stats: bool) -> None:
 
 def demo(args: argparse.Namespace) -> None:
     """`flashdlm demo`."""
-    from rich.console import Console
-
     from ..bench.demo import run_demo
 
     if args.json is not None:
         check_writable("--json", args.json)
     quiet_transformers(progress_bars=False)
-    record = run_demo(
-        Settings(args.problems, args.batch_size, args.repeats, args.show, args.seed), Console(highlight=False)
-    )
+    settings = Settings(args.problems, args.batch_size, args.repeats, args.show, args.slow, args.seed)
+    record = run_demo(settings, console_on(sys.stdout))
     if args.json is not None:
         write_json(Path(args.json), record)
+
+
+def console_on(stream, **settings):
+    """A console of Rich, which does not colour what looks like code, on a stream of the program."""
+    from rich.console import Console
+
+    return Console(file=unguarded(stream), highlight=False, **settings)
 
 
 def quiet_transformers(progress_bars: bool) -> None:

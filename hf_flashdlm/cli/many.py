@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 
+from ..console.terminal import unguarded
 from ..version import __version__
 from .bench import positive
 from .files import check_writable
@@ -143,7 +144,7 @@ def show_progress(left: list[int], sizes: list[int], processes: Processes) -> It
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    console, total, rows = Console(stderr=True), sum(sizes[number] for number in left), 0
+    console, total, rows = Console(file=unguarded(sys.stderr)), sum(sizes[number] for number in left), 0
     rate_column = TextColumn("rows, {task.fields[rate]:.2f} rows/s, left:")
     columns = (BarColumn(), MofNCompleteColumn(), rate_column, TimeRemainingColumn())
     started = told = time.monotonic()

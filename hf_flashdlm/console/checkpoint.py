@@ -6,7 +6,7 @@ user's is a `ValueError` of one sentence. Knows nothing of how decoding works.
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from rich.console import Console
@@ -37,7 +37,7 @@ from ..hub.loading import (
 )
 from ..processing_original import LavidaProcessor
 from .defaults import MAX_NEW_TOKENS
-from .display import CanvasStreamer, mask_character
+from .display import CanvasStreamer, mask_character, shows_canvas
 from .prompts import Prompt, encode_chat, encode_text
 from .terminal import visible
 
@@ -51,7 +51,7 @@ class Continuation:
         texts (`list[str]`): The continuations.
         lengths (`list[int]`): Their tokens, up to and with the first end token.
         output ([`DiffusionGenerationOutput`]): What `generate` returned.
-        seconds (`float`): The time that `generate` took for the batch.
+        seconds (`float`): The time that `generate` took for the batch, without what showing it took.
     """
 
     texts: list[str]
@@ -137,17 +137,26 @@ class Checkpoint:
         return ids[: next(ends, len(ids))]
 
     def stream(
-        self, prompt: Prompt, options: dict, chat: bool | None, console: Console, images: Sequence = ()
+        self,
+        prompt: Prompt,
+        options: dict,
+        chat: bool | None,
+        console: Console,
+        images: Sequence = (),
+        pause: float = 0.0,
     ) -> Continuation:
-        """Continue one prompt and print the text as it forms: on a terminal the whole canvas, else what is final."""
-        if not console.is_terminal:
+        """
+        Continue one prompt and print the text as it forms: on a terminal the whole canvas, each step for `pause`
+        seconds, else what is final.
+        """
+        if not shows_canvas(console):
             streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
             return self.continue_prompts([prompt], options | {"streamer": streamer}, chat, images)
         with Live(console=console, auto_refresh=False, transient=True) as live:
-            streamer = self.canvas_streamer(lambda text: live.update(text, refresh=True), console)
+            streamer = self.canvas_streamer(lambda text: live.update(text, refresh=True), console, pause)
             continuation = self.continue_prompts([prompt], options | {"streamer": streamer}, chat, images)
         console.out(visible(continuation.texts[0]), highlight=False)
-        return continuation
+        return replace(continuation, seconds=continuation.seconds - streamer.seconds)
 
     def canvas_streamer(self, show: Callable[[Text], None], console: Console, pause: float = 0.0) -> CanvasStreamer:
         """A streamer that hands pictures of the canvas to `show`; arguments as of [`CanvasStreamer`]."""
@@ -211,7 +220,7 @@ def with_sampling(options: dict) -> dict:
     if temperature is None:
         return options
     if temperature < 0:
-        raise ValueError(f"`--temperature` must not be negative, got {temperature}.")
+        raise ValueError(f"`temperature` must not be negative, got {temperature}.")
     if temperature == 0:
         return {name: value for name, value in options.items() if name != "temperature"} | {"do_sample": False}
     return options | {"do_sample": True}

@@ -23,6 +23,11 @@ def mask_character(console: Console) -> str:
     return "░" if console.encoding.lower().startswith("utf") else "_"
 
 
+def shows_canvas(console: Console) -> bool:
+    """Whether a canvas can change in place on `console`."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
 class CanvasStreamer:
     r"""
     A streamer for one or several prompts: hands on the text of their whole generated regions after every denoising
@@ -36,6 +41,8 @@ class CanvasStreamer:
             rows of a batch stand below each other, an empty line between them.
         mask (`str`, *optional*, defaults to `"░"`): Drawn for each masked position.
         pause (`float`, *optional*, defaults to 0): Seconds to wait after each step.
+
+    `seconds` is the time that it has taken so far, which is none of the decode's.
     """
 
     shows_canvas = True  # `put_draft` is to be given the whole canvas
@@ -51,6 +58,7 @@ class CanvasStreamer:
     ):
         self.tokenizer, self.mask_token_id, self.end_token_ids = tokenizer, mask_token_id, end_token_ids
         self.show, self.mask, self.pause = show, mask, pause
+        self.seconds = 0.0
         self.end()
 
     def put(self, ids: torch.LongTensor) -> None:
@@ -60,11 +68,13 @@ class CanvasStreamer:
 
     def put_draft(self, canvas: torch.LongTensor) -> None:
         """Show `canvas`, shape `(batch_size, canvas_length)`."""
+        started = time.perf_counter()
         rows = canvas[:, self.prompt_length :].tolist()
         before = self.shown or [None] * len(rows)
         self.show(Text("\n\n").join(self.render(*both) for both in zip(rows, before, strict=True)))
         self.shown = rows
         time.sleep(self.pause)
+        self.seconds += time.perf_counter() - started
 
     def end(self) -> None:
         """Forget the prompt: the streamer can be used again."""

@@ -22,11 +22,10 @@ def visible(text: str) -> str:
 
 class GuardedStream:
     r"""
-    The stream of a terminal, to which only visible text is written.
+    The stream of a terminal, to which only visible text is written; see [`unguarded`].
 
     Args:
-        stream (`TextIO`): The stream. Rich, which has control sequences of its own to write, finds it by the name
-            `rich_proxied_file`; what it is given to print must be made visible before.
+        stream (`TextIO`): The stream.
         progress (`bool`): Whether progress bars write to it, which move the cursor.
     """
 
@@ -46,6 +45,14 @@ class GuardedStream:
 
     def __getattr__(self, name: str):
         return getattr(self.rich_proxied_file, name)
+
+
+def unguarded(stream):
+    """
+    The stream for a console of Rich, which has control sequences of its own to write; what it is given to print must
+    be made visible before.
+    """
+    return getattr(stream, "rich_proxied_file", stream)
 
 
 @contextmanager
