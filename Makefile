@@ -34,7 +34,7 @@ test-eval: .venv-eval/ready
 test-app: .venv-app/ready
 	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
 	{ echo "\`make test-app\` needs Chromium, which is not installed: apt-get install chromium."; exit 1; }
-	.venv-app/bin/python -m pytest tests/test_app.py tests/test_app_browser.py
+	.venv-app/bin/python -m pytest tests/test_app_browser.py
 
 # Each in an environment of its own, on top of the usual one.
 .venv-eval/ready .venv-app/ready: .venv-%/ready: tests/requirements-%.txt $(READY)
