@@ -22,6 +22,8 @@ from hf_flashdlm import (
     LLaDA2MoeConfig,
     LLaDAConfig,
     LLaDAMoEConfig,
+    LLaDAVConfig,
+    MMadaConfig,
     OpenDCoderConfig,
     SDARConfig,
     SDARMoeConfig,
@@ -90,6 +92,8 @@ CHECKPOINTS = [
     ("fredzzp/open-dcoder-0.5B", OpenDCoderConfig, QWEN2_HALF_B, None, "not seen, Qwen2.5-Coder-0.5B's"),
     ("jacklishufan/lavida-llada-v1.0-instruct", LavidaLLaDAConfig, {}, None, "not seen, LLaDA-8B's and SigLIP's"),
     ("jacklishufan/lavida-dream-v1.0-instruct", LavidaDreamConfig, {}, None, "not seen, Dream-7B's and SigLIP's"),
+    ("GSAI-ML/LLaDA-V", LLaDAVConfig, sizes(4096, 12288, 32, 32, 32), None, "not seen, LLaDA-8B's and SigLIP's"),
+    ("Gen-Verse/MMaDA-8B-MixCoT", MMadaConfig, {}, None, "not seen, LLaDA-8B's with more ids"),
 ]
 
 
@@ -101,6 +105,8 @@ def checkpoint(name, config_class, fields, licence, config_seen):
         model = auto.from_config(config, dtype=torch.bfloat16)
     tensors = [*model.parameters(), *(value for name, value in model.named_buffers() if name in model.state_dict())]
     method = getattr(config, "recommended_method", None) or "flashdlm"
+    text = config.get_text_config()
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return {
         "checkpoint": name,
         "class": type(model).__name__,
@@ -110,6 +116,7 @@ def checkpoint(name, config_class, fields, licence, config_seen):
         "licence": licence,
         "parameters": sum(value.numel() for value in model.parameters()),
         "bytes": sum(value.numel() * value.element_size() for value in tensors),
+        "cache_bytes_per_token": 2 * 2 * text.num_hidden_layers * text.num_key_value_heads * head_size,  # K, V in bf16
         "config": config_seen,
     }
 

@@ -99,6 +99,24 @@ def test_models_whose_weights_are_offloaded_decode_the_same(decode, reads_text):
     assert output.sequences.equal(expected.sequences) and output.accepted_lengths == expected.accepted_lengths
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")  # of older Transformers
+@pytest.mark.parametrize("in_part", [False, True])
+def test_models_whose_weights_are_on_disk_decode_the_same(decode, in_part, tmp_path):
+    def load(name, **options):
+        return AutoModelForCausalLM.from_pretrained(TINY / name, dtype=torch.float32, **options)
+
+    def on_disk(name, memory):
+        devices = {"device_map": "auto", "max_memory": {"cpu": memory}} if in_part else {"device_map": {"": "disk"}}
+        model = load(name, **devices, offload_folder=tmp_path / name)
+        assert set(model.hf_device_map.values()) == ({"cpu", "disk"} if in_part else {"disk"})
+        return model
+
+    options = {"max_new_tokens": 16, "block_length": 8}
+    expected = decode(load("dlm"), PROMPTS, **options, guider=load("guider"))
+    output = decode(on_disk("dlm", "2MB"), PROMPTS, **options, guider=on_disk("guider", "1MB"))
+    assert output.sequences.equal(expected.sequences) and output.accepted_lengths == expected.accepted_lengths
+
+
 # --- where options come from -----------------------------------------------------------------------------------------
 
 

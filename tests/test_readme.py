@@ -1,8 +1,10 @@
 """The pages hold what their records, the code and the command line hold, and run as they are written."""
 
 import ast
+import builtins
 import json
 import re
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -123,6 +125,7 @@ def expect_checkpoints(record, shown):
             row["licence"] or "its card's",
             f"{row['parameters'] / 1e9:.2f}",
             f"{row['bytes'] / 1e9:.1f}",
+            f"{row['cache_bytes_per_token'] / 1e3:.0f}",
             row["config"],
         ]
 
@@ -135,7 +138,32 @@ def expect_recordings(record, shown):
         yield [row["family"], *(f"{row[name]:,}" for name in counts)]
 
 
+def expect_serving(record, shown):
+    """Both folders."""
+    yield [*shown[0]]
+    for row in record["rows"]:
+        seconds = [row[f"processor_seconds_per_request{when}"] for when in ("", "_at_once")]
+        yield [
+            row["served"],
+            f"{row['memory_bytes'] / 1e6:.0f}",
+            f"{row['right']}, {row['right_at_once']}",
+            *(f"{one:.2f}" for one in seconds),
+            f"{100 * row['median_share_at_first_text']:.0f} %",
+        ]
+
+
+def expect_large_models(record, shown):
+    """All ways of loading."""
+    yield [*shown[0]]
+    for row in record["rows"]:
+        places = [row.get(place) for place in ("model", "guider", "both")]
+        cells = [f"{place['same']}, {place['right']}" if place else "fails" for place in places]
+        yield [row["way"], row["package"], *cells]
+
+
 EXPECTED = {
+    "large_models.json": expect_large_models,
+    "serving.json": expect_serving,
     "families.json, checkpoints": expect_checkpoints,
     "families.json, recordings": expect_recordings,
     "demo.json": expect_demo,
@@ -284,6 +312,29 @@ def test_the_snippets_of_a_page_run(name):
         exec(compile(snippet, name, "exec"), names)
     ids = names["output"] if torch.is_tensor(names["output"]) else names["output"].sequences
     assert not (ids == model.config.mask_token_id).any()
+
+
+def test_the_answers_to_questions_are_so(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    name, names, told = "hf_flashdlm/TROUBLESHOOTING.md", {}, 0
+    is_pinned = f"\ntransformers=={version('transformers')}\n" in page("tests/requirements.txt")
+    for snippet, message in re.findall(r"^```python\n(.*?)^```\n(?:```text\n(.*?)\n```\n)?", page(name), re.M | re.S):
+        code = compile(snippet, name, "exec")
+        if not message:
+            exec(code, names)
+            continue
+        told += 1
+        kind, _, text = message.partition(": ")
+        with pytest.raises(getattr(builtins, kind)) as refused:
+            exec(code, names)
+        if is_pinned:  # other versions of Transformers say some of it in other words
+            assert str(refused.value) == text
+    assert told == page(name).count("```text\n") > 8
+    assert names["counts"][0] > 0 and len(names["answers"]) == 2
+    end, prompt = names["tokenizer"].eos_token_id, names["inputs"]["input_ids"].shape[1]
+    assert (names["filled"] == end).sum() > 10 and (names["stopped"][0, prompt:] == end).sum() == 1
+    assert names["longer"].shape[1] > prompt + 40
+    assert names["hasty"].shape != names["careful"].shape or not names["hasty"].equal(names["careful"])
 
 
 # The contributor's kit

@@ -2,17 +2,13 @@
 
 import json
 import os
-import shutil
-import socket
+import runpy
 import subprocess
-import sys
-import time
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import pytest
-from pages import section, snippets
+from pages import ROOT, page, section, snippets
 
 from hf_flashdlm.console.checkpoint import Checkpoint, load_guider
 from hf_flashdlm.hub.export import export_model
@@ -23,50 +19,20 @@ from hf_flashdlm.tiny import FOLDER as TINY
 for name in ("fastapi", "openai", "uvicorn", "transformers.cli.transformers"):
     pytest.importorskip(name)
 
+PAGE = "hf_flashdlm/hub/SERVE.md"
+SERVING = runpy.run_path(str(ROOT / "examples" / "serving.py"))
+CLI, serve = SERVING["CLI"], SERVING["serve"]
 # A short answer, and another one with the guider.
 QUESTION = json.loads((TINY / "problems.jsonl").read_text(encoding="utf-8").splitlines()[9])["question"]
-CLI = [sys.executable, "-m", "transformers.cli.transformers"]
-SECONDS_TO_START = 120
-
-
-def free_port():
-    with closing(socket.socket()) as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]
-
-
-def is_healthy(url):
-    try:
-        return urlopen(f"{url}/health", timeout=5).status == 200
-    except OSError:
-        return False
-
-
-@contextmanager
-def serve(folder, apart):
-    """The address at which `transformers serve` serves `folder`; its log and its modules are kept in `apart`."""
-    port = free_port()
-    command = [*CLI, "serve", str(folder), "--trust-remote-code", "--device", "cpu", "--host", "127.0.0.1"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(apart / "modules")}
-    with (apart / "log").open("w+") as log:
-        process = subprocess.Popen([*command, "--port", str(port)], cwd=apart, env=environment, stdout=log, stderr=log)
-        try:
-            url, deadline = f"http://127.0.0.1:{port}", time.monotonic() + SECONDS_TO_START
-            while not is_healthy(url):
-                assert process.poll() is None and time.monotonic() < deadline, (apart / "log").read_text()
-                time.sleep(0.1)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(timeout=30)
 
 
 def ask(url, folder, **options):
     """What the server answers to `QUESTION`."""
-    body = {"model": str(folder), "messages": [{"role": "user", "content": QUESTION}], **options}
-    request = Request(f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urlopen(request, timeout=60) as response:
-        return response.read().decode()
+    return SERVING["ask"](url, folder, QUESTION, **options)
+
+
+def text_of(answer):
+    return json.loads(answer)["choices"][0]["message"]["content"].strip()
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +42,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(folder, tmp_path_factory):
-    with serve(folder, tmp_path_factory.mktemp("serve")) as url:
+    with serve(folder, tmp_path_factory.mktemp("serve")) as (url, _):
         yield url
 
 
@@ -108,15 +74,65 @@ def test_more_tokens_than_the_model_has_positions_are_refused(url, folder):
     assert refusal in ask(url, folder, stream=True)
 
 
+def test_options_are_passed_as_the_page_says(url, folder, checkpoint, capsys):
+    code = snippets(page(PAGE))[1].replace("http://localhost:8000", url).replace('"FOLDER"', repr(str(folder)))
+    exec(compile(code, PAGE, "exec"), {})
+    question = "Adam has 3 coins and finds 4 more. How many coins does he have?"
+    assert question in code
+    expected = checkpoint.continue_prompts([question], {"max_new_tokens": 64, "method": "fast-dllm-dual"})
+    assert capsys.readouterr().out.strip() == expected.texts[0]
+    with pytest.raises(HTTPError, match="422"):
+        ask(url, folder, max_tokens=64, block_length=8)
+
+
+def test_a_generation_config_is_that_of_the_folder_but_for_what_it_names(url, folder, checkpoint):
+    options = {"block_length": 4, "steps": 16}
+    answer = ask(url, folder, generation_config=json.dumps(options))
+    assert text_of(answer) == checkpoint.continue_prompts([QUESTION], options).texts[0]
+    refused = ask(url, folder, stream=True, generation_config=json.dumps(options | {"steps": 3}))
+    assert "`steps` must give each of the 16 blocks of 4 tokens at least one step, got 3" in refused
+
+
+def test_a_temperature_draws_where_the_request_or_the_folder_says_so(url, folder):
+    def drawn(**options):
+        return {text_of(ask(url, folder, temperature=3.0, seed=seed, max_tokens=16, **options)) for seed in range(3)}
+
+    assert len(drawn()) == 1
+    assert len(drawn(generation_config=json.dumps({"do_sample": True}))) > 1
+
+
+def test_requests_at_once_are_answered_one_after_another_and_alike(url, folder):
+    alone = text_of(ask(url, folder, max_tokens=64))
+    with ThreadPoolExecutor(4) as threads:
+        together = [*threads.map(lambda _: text_of(ask(url, folder, max_tokens=64)), range(4))]
+    assert together == 4 * [alone]
+
+
+def test_a_stop_string_ends_a_text(url, folder):
+    answer = json.loads(ask(url, folder, max_tokens=64, stop=["="]))["choices"][0]
+    assert answer["message"]["content"].endswith("=") and answer["finish_reason"] == "stop"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("flag", "refusal"),
+    [
+        ("--continuous-batching", "`generate_batch` and continuous batching decode from left to right"),
+        ("--compile", "`cache_implementation` has no meaning for a diffusion decode, got 'static': drop it."),
+    ],
+)
+def test_flags_that_a_canvas_has_no_use_for_are_refused_by_the_first_request(folder, tmp_path, flag, refusal):
+    with serve(folder, tmp_path, flag) as (url, _):
+        with pytest.raises(HTTPError, match="500"):
+            ask(url, folder, max_tokens=64)
+    assert refusal in (tmp_path / "log").read_text()
+
+
 def test_a_guider_is_served_as_the_page_says(folder, checkpoint, tmp_path):
-    (code,) = snippets(section("hf_flashdlm/hub/README.md", "Serving"))
-    guided = shutil.copytree(folder, tmp_path / "guided")
-    (guided / "custom_generate").mkdir()
-    assert '"hf-flashdlm/tiny-guider"' in code
-    code = code.replace('"hf-flashdlm/tiny-guider"', repr(str(TINY / "guider")))
-    (guided / "custom_generate" / "generate.py").write_text(code, encoding="utf-8")
-    with serve(guided, tmp_path) as url:
-        answer = json.loads(ask(url, guided, max_tokens=64))["choices"][0]["message"]["content"].strip()
+    assert '"hf-flashdlm/tiny-guider"' in section(PAGE, "A guider")
+    guided = SERVING["with_guider"](folder, tmp_path / "guided", TINY / "guider")
+    with serve(guided, tmp_path) as (url, _):
+        answer = text_of(ask(url, guided, max_tokens=64))
         streamed = ask(url, guided, max_tokens=64, stream=True)
     options = {"max_new_tokens": 64}
     guider = load_guider(str(TINY / "guider"), "cpu")

@@ -20,6 +20,7 @@ from transformers import (
     TextStreamer,
 )
 
+from ..compiling import device_of
 from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
 from ..hub import loading
@@ -182,7 +183,7 @@ class Checkpoint:
         input_ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows])
         attention_mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows])
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask} | pixels
-        return {name: value.to(self.model.device) for name, value in inputs.items()}
+        return {name: value.to(device_of(self.model)) for name, value in inputs.items()}
 
     def uses_chat_template(self, chat: bool | None) -> bool:
         """Whether prompts go into the chat template: as `chat` says, and by default if there is one."""
