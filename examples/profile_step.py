@@ -88,8 +88,8 @@ def main() -> None:
     """Measure, print, and write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=SHAPES, default="tiny")
-    parser.add_argument("--problems", type=int, default=16)
-    parser.add_argument("--passes", type=int, default=5)
+    parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     parser.set_defaults(device="cpu", model=None, guider=None, dtype="float32", seed=0, prompt_length=None)

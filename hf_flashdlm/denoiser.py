@@ -235,8 +235,10 @@ class Denoiser:
         scored = torch.frombuffer(bytearray().join(scored), dtype=torch.bool).view(len(windows), length)
         fed = scored
         if self.shift:
+            columns, first = torch.arange(length), torch.tensor(self.first)[:, None]
             fed = fed.roll(-1, 1)
             fed[:, -1] = scored.all(1)  # scores nothing in the canvas: recomputed in a refresh only
+            fed = (fed & (columns >= first)) | (scored & (columns == first))  # nothing before a row's first token
             too = torch.tensor([window.include_scored for window in windows])[:, None]
             fed |= scored & too
             fed[:, -1:] = torch.where(too, fed[:, -2:-1], fed[:, -1:])

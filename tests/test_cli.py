@@ -22,14 +22,16 @@ GENERATE_OPTIONS = """--model --guider --prompt --image --max-new-tokens --block
 --output --batch-size --bad-lines""".split()
 CHAT_OPTIONS = """--model --guider --max-new-tokens --block-length --temperature --seed --dtype --device
 --system""".split()
+APP_OPTIONS = "--model --guider --host --port --share --dtype --device".split()
 DEMO_OPTIONS = "--problems --batch-size --repeats --show --slow --seed --json".split()
 PUSH_OPTIONS = "--private --public --tag --dry-run".split()
 
 
 @pytest.mark.parametrize(
     ("command", "options"),
-    [("generate", GENERATE_OPTIONS), ("chat", CHAT_OPTIONS), ("demo", DEMO_OPTIONS), ("push", PUSH_OPTIONS)],
-    ids=["generate", "chat", "demo", "push"],
+    [("generate", GENERATE_OPTIONS), ("chat", CHAT_OPTIONS), ("app", APP_OPTIONS)]
+    + [("demo", DEMO_OPTIONS), ("push", PUSH_OPTIONS)],
+    ids=["generate", "chat", "app", "demo", "push"],
 )
 def test_help_names_every_option(capsys, command, options):
     with pytest.raises(SystemExit) as stop:
@@ -43,7 +45,7 @@ def test_help_names_every_command(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     printed = capsys.readouterr().out
-    for command in ("generate", "chat", "demo", "bench", "evaluate", "export", "push"):
+    for command in ("generate", "chat", "app", "demo", "bench", "evaluate", "export", "push"):
         assert f"\n    {command} " in printed
 
 
@@ -55,7 +57,8 @@ def test_the_package_runs_as_a_module():
 
 
 @pytest.mark.parametrize(
-    "arguments", ["--version", "--help", "bench --help", "evaluate --help", "export model --help", "chat --steps"]
+    "arguments",
+    ["--version", "--help", "bench --help", "evaluate --help", "export model --help", "chat --steps", "app --port 0"],
 )
 def test_help_and_mistakes_do_not_wait_for_torch(arguments):
     imported = """

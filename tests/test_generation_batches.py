@@ -125,6 +125,18 @@ def test_infilled_rows_decode_alone_as_in_a_batch(tiny, decode, name):
         assert batch.sequences[row, 8 - len(prompt) :].tolist() == alone.sequences[0].tolist()
 
 
+@pytest.mark.parametrize("name", ["dream", "dream_trained"])
+@pytest.mark.parametrize("refresh_steps", [4, 6])
+def test_a_mask_that_begins_a_row_is_scored_alone_as_in_a_batch(tiny, decode, name, refresh_steps):
+    # With a shift it is scored by itself: before it is nothing, and no padding in its place.
+    options = dict(max_new_tokens=8, block_length=8, steps=8, window_policy="dkv", refresh_steps=refresh_steps)
+    for given in ([166, 263], [38, 48, 350], [136, 38]):
+        prompts = [[MASK, *given], [253, 58, 157, 285, 152, 364, 66]]
+        batch = decode(tiny(name), prompts, stop_at_eos=False, **options)
+        alone = decode(tiny(name), prompts[:1], stop_at_eos=False, **options)
+        assert batch.sequences[0, 6 - len(given) :].tolist() == alone.sequences[0].tolist()
+
+
 def test_an_end_in_the_prompt_ends_nothing(tiny, decode):
     output = decode(
         tiny("llada"), [[5, 7, MASK, 9]], max_new_tokens=6, eos_token_id=[5, 7, 9], pad_token_id=0, steps=6

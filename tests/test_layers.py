@@ -51,8 +51,9 @@ LEVELS = {name: level for level, names in enumerate(LAYERS) for name in names.sp
 
 # The folders, which never ship, and the folders that each may import. All may import the library.
 FOLDERS = {
+    "app": {"console", "tiny"},
     "bench": {"console", "tiny"},
-    "cli": {"bench", "console", "evaluation", "hub", "tiny"},
+    "cli": {"app", "bench", "console", "evaluation", "hub", "tiny"},
     "console": {"hub"},
     "evaluation": {"bench", "console", "hub", "tiny"},
     "hub": {"tiny"},
@@ -64,7 +65,10 @@ REACHES_UP = {
     "prompting": {"console/checkpoint"},
 }
 # What a folder gives to users by its own name. An import in the others would cause a cycle through `CanvasStreamer`.
-FACADES = {"cli": ["main"], "hub": ["export_code", "export_guider", "export_model", "export_strategy", "push"]}
+FACADES = {
+    "cli": ["main"],
+    "hub": ["export_code", "export_guider", "export_model", "export_space", "export_strategy", "push"],
+}
 
 
 def exported():

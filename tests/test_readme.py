@@ -72,6 +72,31 @@ def expect_reference(record, shown):
         yield [loop, *(f"{pairs[loop, size]['speed_over_like']:.2f}x" for size in sizes)]
 
 
+def expect_targets(record, shown):
+    """All methods: accuracies at batch 1, and how many times as fast as the opponents they are at each batch size."""
+    rows = {(row["method"], row["batch_size"]): row for row in record["rows"]}
+    sizes, opponents = sorted({size for _, size in rows}), ("ar", "dual+threshold")
+    yield [*shown[0]]
+    for method in dict.fromkeys(method for method, _ in rows):
+        row = rows[method, sizes[0]]
+        shares = (row[name] for name in ("accuracy", "accuracy_of_long"))
+        ratios = (rows[name, size]["seconds"] / rows[method, size]["seconds"] for name in opponents for size in sizes)
+        yield [method, *("-" if share is None else f"{100 * share:.1f}" for share in shares)] + [
+            f"{ratio:.2f}x" for ratio in ratios
+        ]
+
+
+def expect_limits(record, shown):
+    """All steps of all shapes."""
+    parts = list(record["rows"][0]["milliseconds"])
+    yield [*shown[0]]
+    for row in record["rows"]:
+        times = row["milliseconds"]
+        yield [row["model"], row["step"], str(row["operations"]), *(f"{times[part]:.1f}" for part in parts)] + [
+            max(parts, key=times.get)
+        ]
+
+
 def expect_long(record, shown):
     """The one row."""
     (row,) = record["rows"]
@@ -145,6 +170,9 @@ EXPECTED = {
     "ablation.json": expect_ablation,
     "ablation.json, models": expect_guiders,
     "profile.json": expect_profile,
+    "profile_50m.json": expect_profile,
+    "limits.json": expect_limits,
+    "targets.json": expect_targets,
     "reference.json": expect_reference,
     "long.json": expect_long,
     "results.json": expect_scores,

@@ -1,5 +1,5 @@
-"""The command line: `flashdlm generate`, `flashdlm chat`, `flashdlm demo`, `flashdlm bench`, `flashdlm evaluate`,
-`flashdlm export` and `flashdlm push`.
+"""The command line: `flashdlm generate`, `flashdlm chat`, `flashdlm app`, `flashdlm demo`, `flashdlm bench`,
+`flashdlm evaluate`, `flashdlm export` and `flashdlm push`.
 
 Owns the arguments, what goes to which stream, and the exit codes: 0, 2 with one sentence on standard error for a
 mistake of the user's, 130 after an interrupt. Knows nothing of checkpoints or of how decoding works.
@@ -18,6 +18,7 @@ from ..console.defaults import MAX_NEW_TOKENS
 from ..console.terminal import guarded_terminal, unguarded, visible
 from ..generation_config import WINDOW_POLICIES
 from ..version import __version__
+from .app import add_app
 from .bench import add_commands as add_bench
 from .bench import integer_from
 from .evaluate import add_evaluate
@@ -83,6 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add_generate(commands)
     add_chat(commands)
+    add_app(commands)
     add_demo(commands)
     add_bench(commands)
     add_evaluate(commands)

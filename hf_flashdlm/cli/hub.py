@@ -43,6 +43,10 @@ def add_export(commands) -> None:
         "the decoding strategy alone, for custom_generate",
         run_export_strategy,
     )
+    kind = add_kind("space", "the page of `flashdlm app` as a Space, with this package in it", run_export_space)
+    kind.set_defaults(run=run_export_space)
+    kind.add_argument("--model", metavar="DIR_OR_ID", help="the diffusion model (default: the embedded pair)")
+    kind.add_argument("--guider", metavar="DIR_OR_ID", help="an autoregressive model that judges the drafts")
 
 
 def add_push(commands) -> None:
@@ -82,6 +86,16 @@ def run_export_strategy(args: argparse.Namespace):
     from ..hub.export import export_strategy
 
     return export_strategy(args.directory, args.repo_id)
+
+
+def run_export_space(args: argparse.Namespace) -> None:
+    """`flashdlm export space`, which prints what was written and what publishes it."""
+    from ..hub.space import export_space
+
+    directory = export_space(args.directory, args.repo_id, args.model, args.guider)
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    print_files({path.relative_to(directory).as_posix(): path.stat().st_size for path in files})
+    print(shlex.join(["hf", "upload", args.repo_id, str(directory), ".", "--repo-type", "space"]))
 
 
 def report_export(directory, repo_id: str) -> None:

@@ -92,7 +92,7 @@ def export_model(checkpoint: str, directory: str | Path, repo_id: str, card: str
     tokenizer, processor = _text_and_images(source, checkpoint, config)
     model = _meta_model(config)
     generation_config = _generation_config(source, checkpoint, config)
-    with _new_directory(directory, source) as directory:
+    with new_directory(directory, source) as directory:
         for name in weights:
             shutil.copyfile(source / name, directory / name)
         _save_code(model, directory)
@@ -123,7 +123,7 @@ def export_guider(checkpoint: str, directory: str | Path, repo_id: str, card: st
     if (source / "generation_config.json").is_file():
         settings["generation_config.json"] = _read_json(source / "generation_config.json", checkpoint)
     tokenizer = _tokenizer(source, checkpoint)
-    with _new_directory(directory, source) as directory:
+    with new_directory(directory, source) as directory:
         for name in weights:
             shutil.copyfile(source / name, directory / name)
         for name, values in settings.items():
@@ -173,7 +173,7 @@ def export_code(model_type: str, directory: str | Path, repo_id: str, checkpoint
         raise ValueError(f"`checkpoint` must be of type {model_type!r}, got {found!r}.")
     with refusing("`checkpoint` must have a config.json that describes a model"), bounded():
         model = _meta_model(config)
-    with _new_directory(directory) as directory:
+    with new_directory(directory) as directory:
         _save_code(model, directory)
         model.config.auto_map = {name: f"{repo_id}--{value}" for name, value in model.config.auto_map.items()}
         model.config.save_pretrained(directory)
@@ -189,7 +189,7 @@ def export_strategy(directory: str | Path, repo_id: str) -> Path:
     [`export_model`].
     """
     check_repo_id(repo_id)
-    with _new_directory(directory) as directory:
+    with new_directory(directory) as directory:
         (directory / STRATEGY).mkdir()
         custom_object_save(generate, directory / STRATEGY)
         (directory / STRATEGY / "requirements.txt").write_text("\n".join(REQUIREMENTS) + "\n", encoding="utf-8")
@@ -334,7 +334,7 @@ def _text_and_images(
 
 
 @contextmanager
-def _new_directory(directory: str | Path, source: Path | None = None) -> Iterator[Path]:
+def new_directory(directory: str | Path, source: Path | None = None) -> Iterator[Path]:
     """A folder that is new or empty, outside of `source`; what fails inside the block leaves it as it was."""
     directory = Path(directory)
     if source is not None and Path(os.path.realpath(directory)).is_relative_to(os.path.realpath(source)):
