@@ -382,7 +382,8 @@ def test_a_step_is_shown_for_a_minute_at_most(talk, seconds):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no `pty`")
-@pytest.mark.parametrize("kind", ["xterm-256color", pytest.param("dumb", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["xterm-256color", "dumb"])
+@pytest.mark.slow
 def test_a_conversation_on_a_terminal(kind):
     import pty
 

@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
@@ -305,47 +304,23 @@ def test_progress_shows_a_rate_and_the_time_left(files, monkeypatch, capsys):
 
 def kill_and_resume(arguments, output, delay):
     """Start the command, kill it after `delay` seconds of work, and let it go on; whether there was work left."""
-    process = Forked(arguments)
+    process = start(arguments)
     while not (output.parent / "answers.jsonl.part0").exists() and process.poll() is None:
         time.sleep(0.001)
     time.sleep(delay)
     process.kill()
     process.wait()
     was_left = not output.exists()
-    assert Forked(arguments).wait() == 0
+    assert start(arguments).wait() == 0
     return was_left
 
 
-class Forked:
-    """A copy of this process, which has imported everything, that runs the command."""
-
-    def __init__(self, arguments):
-        self.pid, self.returncode = os.fork(), None
-        if self.pid == 0:
-            code = 1
-            try:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-                code = main(arguments)
-            finally:
-                os._exit(code)
-
-    def poll(self):
-        if self.returncode is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
-        return self.returncode
-
-    def wait(self):
-        if self.returncode is None:
-            self.returncode = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
-        return self.returncode
-
-    def kill(self):
-        os.kill(self.pid, signal.SIGKILL)
+def start(arguments):
+    """Start the command in a process of its own."""
+    return subprocess.Popen([sys.executable, "-m", "flashdlm_command", *arguments], stderr=subprocess.DEVNULL)
 
 
 @pytest.mark.heavy
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system copies no processes")
 def test_a_kill_loses_and_doubles_nothing(files, expected):
     path, output = files(QUESTIONS)
     assert kill_and_resume(command(path, output, "--batch-size", "1"), output, 0.05), "the kill came too late"
@@ -354,7 +329,6 @@ def test_a_kill_loses_and_doubles_nothing(files, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system copies no processes")
 def test_twenty_kills_lose_and_double_nothing(files, expected):
     path, output = files(QUESTIONS)
     draw, left = random.Random(0), 0
