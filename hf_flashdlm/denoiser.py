@@ -233,16 +233,16 @@ class Denoiser:
         length = self.canvas_mask.shape[1]
         scored = [bytearray(b"\1" * length) if window.scored is None else window.scored for window in windows]
         scored = torch.frombuffer(bytearray().join(scored), dtype=torch.bool).view(len(windows), length)
-        fed = scored
+        columns, fed = torch.arange(length), scored
         if self.shift:
-            columns, first = torch.arange(length), torch.tensor(self.first)[:, None]
+            first = torch.tensor(self.first)[:, None]
             fed = fed.roll(-1, 1)
             fed[:, -1] = scored.all(1)  # scores nothing in the canvas: recomputed in a refresh only
             fed = (fed & (columns >= first)) | (scored & (columns == first))  # nothing before a row's first token
             too = torch.tensor([window.include_scored for window in windows])[:, None]
             fed |= scored & too
             fed[:, -1:] = torch.where(too, fed[:, -2:-1], fed[:, -1:])
-        fed = fed & (torch.arange(length) >= torch.tensor([window.frozen for window in windows])[:, None])
+        fed = fed & (columns >= torch.tensor([window.frozen for window in windows])[:, None])
         computed = fed.sum(1)
         order = (~fed).long().argsort(dim=1, stable=True)
         slot = torch.arange(self._width(int(computed.max())))

@@ -23,6 +23,7 @@ DEFAULT_DELIMITER_THRESHOLD = 0.3
 DELIMITER_SHARE = 0.25  # of the generated region: the default of `delimiter_window`
 
 WINDOW_POLICIES = ("freecache", "prefix", "dual", "dkv", "none")
+INEXACT_POLICIES = ("prefix", "dkv")  # of them those that would approximate what block-causal attention makes exact
 CONFIDENCES = ("probability", "margin", "entropy", "random", "position")
 SCHEDULES = ("uniform", "timesteps", "linear", "shift")
 BLOCKS = ("fixed", "whole", "adaptive")

@@ -14,7 +14,7 @@ from transformers import Cache, GenerationConfig
 
 from .block_causal import attention_block_length, counts_from_row, for_backend
 from .compiling import CACHE_NAME, device_of
-from .generation_config import DiffusionOptions
+from .generation_config import INEXACT_POLICIES, DiffusionOptions
 from .images import Images
 
 
@@ -341,7 +341,7 @@ def _prefix_length(model, options: DiffusionOptions, layout: Layout, mask_token_
 
 def _check_exact(options: DiffusionOptions, length: int, name: str) -> None:
     """Refuse what would approximate states that block-causal attention makes exact."""
-    if options.window_policy in ("prefix", "dkv"):
+    if options.window_policy in INEXACT_POLICIES:
         raise ValueError(
             f"`window_policy` must be 'freecache', 'dual' or 'none' for {name}, got {options.window_policy!r}: "
             "'freecache' is exact there."

@@ -8,12 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..generation_config import INEXACT_POLICIES
 from ..methods import METHODS
 from .recipe import Recipe
 from .shapes import TWINS
-
-
-INEXACT = ("prefix", "dkv")  # window policies that block-causal models are refused
 
 
 if TYPE_CHECKING:  # the names of the methods are known before torch is imported
@@ -129,4 +127,4 @@ def is_possible(recipe: Recipe, models: "Models") -> bool:
         return False
     if recipe.name == "ar":
         return models.model.config.model_type in TWINS
-    return attention_block_length(models.model) is None or recipe.options.get("window_policy") not in INEXACT
+    return attention_block_length(models.model) is None or recipe.options.get("window_policy") not in INEXACT_POLICIES

@@ -16,7 +16,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..console.display import CanvasStreamer
+from ..console.display import CanvasStreamer, up_to_end
 from ..guider import ARGuider
 
 
@@ -165,5 +165,5 @@ class Stage:
 
     def _tokens(self, ids: list[int]) -> int:
         """How many are written, up to the first end token and with it."""
-        ends = (number for number, token_id in enumerate(ids, 1) if token_id in self.painter.end_token_ids)
-        return sum(token_id != self.painter.mask_token_id for token_id in ids[: next(ends, len(ids))])
+        written = up_to_end(ids, self.painter.end_token_ids)
+        return len(written) - written.count(self.painter.mask_token_id)

@@ -8,6 +8,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from ..console.display import up_to_end
 from ..tiny import final_number
 from .decoding import Models
 from .machine import ForwardShape, Probe, synchronize
@@ -113,7 +114,7 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
             total.guider_seconds += seconds * (output.guider_time_share or 0.0)
         ends = models.end_token_ids if recipe.speaks else []
         total.canvases += ids.tolist()
-        texts = [_up_to_end(row, ends) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
+        texts = [up_to_end(row, ends) for row in ids[:, inputs["input_ids"].shape[1] :].tolist()]
         total.num_rows += len(texts)
         total.tokens += sum(lengths or map(len, texts))
         if total.correct is not None:
@@ -125,11 +126,6 @@ def run(models: Models, recipe: Recipe, workload: Workload) -> Run:
             total.long_rows += sum(is_long)
             total.long_correct += sum(map(min, right, is_long))
     return total
-
-
-def _up_to_end(ids: list[int], end_token_ids: list[int]) -> list[int]:
-    """`ids` up to and including the first end token."""
-    return ids[: next((index for index, token_id in enumerate(ids, 1) if token_id in end_token_ids), len(ids))]
 
 
 def binomial_interval(successes: int, trials: int) -> tuple[float, float]:

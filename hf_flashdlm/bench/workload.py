@@ -5,6 +5,7 @@ Owns the prompts and their correct answers. Knows nothing of how they are decode
 
 import random
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -52,8 +53,12 @@ class Workload:
 
     def is_long(self, index: int) -> list[bool]:
         """Which correct answers of a batch are among the longest quarter of the workload's."""
+        return [length >= self._long for length in self.lengths[index]] if self.lengths else []
+
+    @cached_property
+    def _long(self) -> int:
         lengths = sorted(length for batch in self.lengths or () for length in batch)
-        return [length >= lengths[3 * len(lengths) // 4] for length in self.lengths[index]] if lengths else []
+        return lengths[3 * len(lengths) // 4]
 
 
 def problem_workload(

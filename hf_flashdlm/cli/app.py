@@ -6,6 +6,8 @@ Owns its arguments. Knows nothing of the page.
 import argparse
 import sys
 
+from .bench import quiet_transformers
+
 
 def add_app(commands) -> None:
     """The arguments of `flashdlm app`."""
@@ -32,11 +34,7 @@ def port(text: str) -> int:
 
 def app(args: argparse.Namespace) -> None:
     """`flashdlm app`."""
-    from transformers.utils import logging
-
     from ..app.serve import show_page
 
-    logging.set_verbosity_error()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
+    quiet_transformers(progress_bars=sys.stderr.isatty())
     show_page(args.model, args.guider, args.host, args.port, args.share, args.device, args.dtype)

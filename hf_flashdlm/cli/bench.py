@@ -213,15 +213,22 @@ def check_plot(path: str | None, is_ablation: bool) -> None:
         raise ValueError("`--plot` needs matplotlib, which is not installed: pip install matplotlib.")
 
 
+def quiet_transformers(progress_bars: bool) -> None:
+    """Keep hints of Transformers out of the output, and its progress bars unless they are wanted."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    if not progress_bars:
+        logging.disable_progress_bar()
+
+
 def prepare(args: argparse.Namespace):
     """Set threads and silence; the device."""
     import torch
-    from transformers.utils import logging
 
     from ..hub.loading import check_device
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers(progress_bars=False)
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     if args.device == "auto":

@@ -20,7 +20,7 @@ from ..generation_config import WINDOW_POLICIES
 from ..version import __version__
 from .app import add_app
 from .bench import add_commands as add_bench
-from .bench import integer_from
+from .bench import integer_from, quiet_transformers
 from .evaluate import add_evaluate
 from .files import check_writable
 from .hub import add_commands
@@ -257,12 +257,3 @@ def console_on(stream, **settings):
     from rich.console import Console
 
     return Console(file=unguarded(stream), highlight=False, **settings)
-
-
-def quiet_transformers(progress_bars: bool) -> None:
-    """Keep hints of Transformers out of the output, and its progress bars unless they are wanted."""
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    if not progress_bars:
-        logging.disable_progress_bar()

@@ -38,7 +38,7 @@ from ..hub.loading import (
 )
 from ..processing_original import LavidaProcessor
 from .defaults import MAX_NEW_TOKENS
-from .display import CanvasStreamer, mask_character, shows_canvas
+from .display import CanvasStreamer, mask_character, shows_canvas, up_to_end
 from .prompts import Prompt, encode_chat, encode_text
 from .terminal import visible
 
@@ -134,8 +134,7 @@ class Checkpoint:
 
     def up_to_end(self, ids: list[int]) -> list[int]:
         """`ids` up to and with the first that ends a text."""
-        ends = (length for length, token_id in enumerate(ids, 1) if token_id in self.end_token_ids)
-        return ids[: next(ends, len(ids))]
+        return up_to_end(ids, self.end_token_ids)
 
     def stream(
         self,

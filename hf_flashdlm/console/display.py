@@ -4,7 +4,7 @@ Owns how a canvas looks and the streamer that shows it. Knows nothing of how or 
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import groupby
 
 import torch
@@ -26,6 +26,11 @@ def mask_character(console: Console) -> str:
 def shows_canvas(console: Console) -> bool:
     """Whether a canvas can change in place on `console`."""
     return console.is_terminal and not console.is_dumb_terminal
+
+
+def up_to_end(ids: list[int], end_token_ids: Collection[int]) -> list[int]:
+    """`ids` up to and with the first that ends a text."""
+    return ids[: next((length for length, token_id in enumerate(ids, 1) if token_id in end_token_ids), len(ids))]
 
 
 class CanvasStreamer:
