@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from hf_flashdlm.console.checkpoint import MAX_NEW_TOKENS, Checkpoint
+from hf_flashdlm.console.checkpoint import MAX_NEW_TOKENS, Checkpoint, usual_block_length
 from hf_flashdlm.tiny import FOLDER as TINY
 
 
@@ -188,3 +188,25 @@ def test_a_device_or_dtype_that_is_not_there_is_refused(arguments, message):
 def test_a_negative_temperature_is_refused(checkpoint):
     with pytest.raises(ValueError, match="`temperature` must not be negative, got -1"):
         checkpoint.continue_prompts([QUESTION], {"temperature": -1})
+
+
+@pytest.mark.parametrize("max_new_tokens", [3, 12, 40])
+@pytest.mark.parametrize(
+    "name", ["model_llada", "families/block_ar/model_sdar", "families/block_ar/model_fast_dllm_v2"]
+)
+def test_the_usual_length_of_blocks_is_that_of_a_call_that_names_none(load, name, max_new_tokens):
+    model = load(name)
+    prompt, options = torch.tensor([[5, 6, 7]]), {"max_new_tokens": max_new_tokens, "mask_token_id": 4}
+    options["return_dict_in_generate"] = True
+    named = model.generate(prompt, **options, block_length=usual_block_length(model, max_new_tokens))
+    unnamed = model.generate(prompt, **options)
+    assert named.nfe == unnamed.nfe
+    assert named.sequences.tolist() == unnamed.sequences.tolist()
+
+
+def test_the_usual_length_of_blocks(load):
+    assert usual_block_length(load("families/block_ar/model_sdar"), 100) == 4, "of its attention"
+    assert usual_block_length(load("families/block_ar/model_fast_dllm_v2"), 100) == 8, "of the method it recommends"
+    assert usual_block_length(Checkpoint.load(str(TINY / "dlm")).model, 100) == 8, "of its generation config"
+    assert usual_block_length(load("model_llada"), 100) == 32
+    assert usual_block_length(load("model_llada"), 20) == 20

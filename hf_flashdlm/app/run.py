@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from ..block_causal import attention_block_length
-from ..console.checkpoint import Checkpoint, Continuation
+from ..console.checkpoint import Checkpoint, Continuation, usual_block_length
 from ..console.defaults import MAX_NEW_TOKENS
-from ..generation_config import DEFAULT_BLOCK_LENGTH, DEFAULT_CONFIDENCE_THRESHOLD
+from ..generation_config import DEFAULT_CONFIDENCE_THRESHOLD
 from ..guider import ARGuider
 
 
@@ -34,12 +33,10 @@ class Settings:
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Settings":
         """The defaults of a checkpoint."""
-        model = checkpoint.model
-        config = model.generation_config
+        config = checkpoint.model.generation_config
         new_tokens = config.max_new_tokens or MAX_NEW_TOKENS
-        blocks = getattr(config, "block_length", None) or attention_block_length(model) or DEFAULT_BLOCK_LENGTH
         threshold = getattr(config, "confidence_threshold", None) or DEFAULT_CONFIDENCE_THRESHOLD
-        return cls(new_tokens, min(blocks, new_tokens), threshold)
+        return cls(new_tokens, usual_block_length(checkpoint.model, new_tokens), threshold)
 
 
 @dataclass(frozen=True)

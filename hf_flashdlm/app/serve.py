@@ -8,7 +8,7 @@ import socket
 
 from ..console.checkpoint import Checkpoint
 from ..guider import ARGuider
-from ..tiny import FOLDER, GUIDANCE, sample_problems
+from ..tiny import pair_unless_named, sample_problems
 from .run import Settings, methods, race
 
 
@@ -48,11 +48,7 @@ def check_address(host: str, port: int | None) -> None:
 
 def load_models(model: str | None, guider: str | None, device: str, dtype: str) -> tuple[Checkpoint, ARGuider | None]:
     """The models by folder or Hub repository, or the embedded pair where no `model` is named."""
-    guidance = {}
-    if model is None:
-        model = str(FOLDER / "dlm")
-        if guider is None:
-            guider, guidance = str(FOLDER / "guider"), GUIDANCE
+    model, guider, guidance = pair_unless_named(model, guider)
     checkpoint = Checkpoint.load(model, device, dtype)
     return checkpoint, None if guider is None else checkpoint.load_guider(guider, device, dtype, **guidance)
 

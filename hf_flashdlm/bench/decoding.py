@@ -9,8 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import CompileConfig
 
-from ..console.checkpoint import Checkpoint
-from ..generation_config import DEFAULT_BLOCK_LENGTH
+from ..console.checkpoint import Checkpoint, usual_block_length
 from ..guider import ARGuider
 from .recipe import Recipe
 
@@ -54,9 +53,8 @@ class Models:
         return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
     def block_length(self, wanted: int | None, new_tokens: int) -> int:
-        """The length of the blocks: as `wanted`, else as the checkpoint recommends, and no longer than the canvas."""
-        recommended = getattr(self.model.generation_config, "block_length", None)
-        return min(wanted or recommended or DEFAULT_BLOCK_LENGTH, new_tokens)
+        """The length of the blocks: as `wanted`, but no longer than the canvas, else that which `generate` takes."""
+        return usual_block_length(self.model, new_tokens) if wanted is None else min(wanted, new_tokens)
 
     @staticmethod
     def steps_per_block(steps: int | None, new_tokens: int, block_length: int) -> int:

@@ -181,14 +181,12 @@ def generate(args: argparse.Namespace) -> None:
 def chat(args: argparse.Namespace) -> None:
     """`flashdlm chat`."""
     from ..console.chat import run_chat
-    from ..tiny import FOLDER, GUIDANCE, sample_problems
+    from ..tiny import pair_unless_named, sample_problems
 
-    notes, guidance = console_on(sys.stderr, markup=False, soft_wrap=True), {}
+    notes = console_on(sys.stderr, markup=False, soft_wrap=True)
     if args.model is None:
-        args.model = str(FOLDER / "dlm")
-        if args.guider is None:
-            args.guider, guidance = str(FOLDER / "guider"), GUIDANCE
         notes.print(f"The embedded model knows word problems such as: {sample_problems(1, 0)[0].question}")
+    args.model, args.guider, guidance = pair_unless_named(args.model, args.guider)
     checkpoint, options = load(args, **guidance)
     run_chat(checkpoint, options, args.system, console_on(sys.stdout), notes)
 

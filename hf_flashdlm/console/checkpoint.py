@@ -20,7 +20,9 @@ from transformers import (
     TextStreamer,
 )
 
+from ..block_causal import attention_block_length
 from ..compiling import device_of
+from ..generation_config import DEFAULT_BLOCK_LENGTH
 from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
 from ..hub import loading
@@ -36,6 +38,7 @@ from ..hub.loading import (
     sees_images,
     set_mask_token,
 )
+from ..methods import METHODS
 from ..processing_original import LavidaProcessor
 from .defaults import MAX_NEW_TOKENS
 from .display import CanvasStreamer, mask_character, shows_canvas, up_to_end
@@ -59,6 +62,15 @@ class Continuation:
     lengths: list[int]
     output: DiffusionGenerationOutput
     seconds: float
+
+
+def usual_block_length(model: PreTrainedModel, max_new_tokens: int) -> int:
+    """The length of the blocks in which `model.generate` writes `max_new_tokens` when it is told no other."""
+    config, attention = model.generation_config, attention_block_length(model)
+    method = getattr(config, "method", None) or getattr(model.config, "recommended_method", None)
+    recommended = getattr(config, "block_length", None) or METHODS.get(method, {}).get("block_length")
+    length = recommended or attention or DEFAULT_BLOCK_LENGTH
+    return length if attention is not None else min(length, max_new_tokens)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,18 @@ FOLDER = Path(__file__).parent  # holds the models in `dlm` and `guider`
 GUIDANCE = {"combine": "intersection", "confidence_threshold": 0.5}
 
 
+def pair_unless_named(model: str | None, guider: str | None) -> tuple[str, str | None, dict]:
+    """
+    The two models, and the settings of the guider: as named, or the embedded pair where no `model` is. A guider that
+    is named judges the embedded model by the default settings.
+    """
+    if model is not None:
+        return model, guider, {}
+    if guider is not None:
+        return str(FOLDER / "dlm"), guider, {}
+    return str(FOLDER / "dlm"), str(FOLDER / "guider"), GUIDANCE
+
+
 @dataclass(frozen=True)
 class Problem:
     """A held-out problem: the `question`, its worked `answer`, and the number `final` it should end in."""
