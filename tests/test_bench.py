@@ -39,7 +39,7 @@ from hf_flashdlm.tiny import problems
 ROW_KEYS = """batch_size method options rule num_rows tokens nfe guider_forwards active_tokens tokens_per_forward
 drafts_judged drafts_accepted guider_time_share outside_forwards_share accuracy accuracy_interval seconds
 seconds_of_runs speed_over_full_canvas speed_over_eos_stop tokens_per_second peak_memory_bytes floor_seconds
-seconds_over_floor compiled warm_up_seconds milliseconds_per_step kept_bytes like speed_over_like
+seconds_over_floor compiled graphs later_graphs warm_up_seconds milliseconds_per_step kept_bytes like speed_over_like
 equal_share operations_per_forward operations_per_step stops_at_answers accuracy_of_long""".split()
 RECORD_KEYS = "schema command seed commit machine versions options ceilings models rows".split()
 SHORT = "--config tiny --problems 2 --new-tokens 8 --batch-size 1 --repeats 1 --device cpu".split()
@@ -112,7 +112,8 @@ def test_compiled_forwards_are_measured_beside_the_others(bench, tmp_path, monke
         assert compiled["guider_forwards"] == plain["guider_forwards"]
         assert 0 < compiled["outside_forwards_share"] < 1
         assert compiled["warm_up_seconds"] > compiled["seconds"], "it compiled before the runs"
-    assert "freecache (compiled)" in capsys.readouterr().out.partition("equal%")[2]
+        assert compiled["graphs"] > 0 == compiled["later_graphs"] == plain["graphs"]
+    assert "freecache (compiled)" in capsys.readouterr().out.partition("equal%  graphs  later")[2]
 
 
 def test_graphs_are_captured_where_launches_cost():

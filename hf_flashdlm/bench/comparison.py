@@ -16,7 +16,8 @@ and outside of the forwards for each forward of the diffusion model.
 ms/step: seconds divided by the forwards of the diffusion model; for `ar`, by those of the autoregressive model.
 
 A method that writes the same tokens as a reference is compared with it: `times` is the reference's seconds divided by
-the method's, `equal%` the share of prompts whose tokens are equal. References are the loops of `--reference`, each
+the method's, `equal%` the share of prompts whose tokens are equal, `graphs` how many graphs were compiled before the
+runs, and `later` how many in them, of which there should be none. References are the loops of `--reference`, each
 compared with the built-in method of the same settings, which fills the canvas as the loop does, and with `--compile`
 the eager methods, each compared with itself compiled. Compilation happens in the warm-up before the runs; the record
 holds its seconds.
@@ -35,6 +36,7 @@ works.
 
 import argparse
 import statistics
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -128,6 +130,8 @@ class Measured:
     once: float  # seconds of the run after it
     peak_memory_bytes: int | None
     operations: dict[str, float | None]
+    graphs: int  # compiled before the runs
+    later_graphs: int = 0  # compiled in the runs
 
     @property
     def seconds(self) -> float:
@@ -142,19 +146,28 @@ def time_methods(
     measured = {}
     for recipe in chosen:
         note(f"warm-up: {recipe.name}")
+        graphs = num_graphs()
         # The memory for compiling and for counting is not counted as memory for decoding.
         seconds, operations = warm_up(models, recipe, workload)
         with peak_memory(models.model.device) as peak:
             once = run(models, recipe, workload).seconds
-        measured[recipe.name] = Measured(recipe, [], seconds, once, peak[0], operations)
+        measured[recipe.name] = Measured(recipe, [], seconds, once, peak[0], operations, num_graphs() - graphs)
     seconds = sum(of_method.once for of_method in measured.values())
     note(f"{repeats} runs of {len(measured)} methods will take about {repeats * seconds:.0f} s")
     # The methods take turns, so that a slow minute of the machine does not fall on a single method.
     for index in range(repeats):
         for name, of_method in measured.items():
             note(f"run {index + 1} of {repeats}: {name}")
+            graphs = num_graphs()
             of_method.runs.append(run(models, of_method.recipe, workload))
+            of_method.later_graphs += num_graphs() - graphs
     return measured
+
+
+def num_graphs() -> int:
+    """How many graphs this process has compiled."""
+    compiler = sys.modules.get("torch._dynamo.utils")  # takes seconds to import
+    return 0 if compiler is None else compiler.counters["stats"]["unique_graphs"]
 
 
 def warm_up(models: Models, recipe: Recipe, workload: Workload) -> tuple[float, dict[str, float | None]]:
@@ -184,6 +197,8 @@ def make_rows(measured: dict[str, Measured], costs: dict[str, CostModel], ceilin
             "seconds": seconds,
             "seconds_of_runs": [single.seconds for single in of_method.runs],
             "warm_up_seconds": of_method.warm_up_seconds,
+            "graphs": of_method.graphs,
+            "later_graphs": of_method.later_graphs,
             "milliseconds_per_step": 1000 * seconds / len(first.forwards["model"] or first.forwards["twin"]),
             "speed_over_full_canvas": speed_over("plain", of_method, measured),
             "speed_over_eos_stop": speed_over("plain-eos", of_method, measured),
@@ -292,6 +307,7 @@ def report_pairs(rows: list[dict]) -> list[str]:
     if not rows:
         return []
     times = [row["speed_over_like"] for row in rows]
+    counts = ["graphs", "later_graphs"] if rows[0]["compiled"] else []
     table = [
         [
             row["method"],
@@ -300,11 +316,13 @@ def report_pairs(rows: list[dict]) -> list[str]:
             f"{row['seconds'] * row['speed_over_like']:.3f}",
             f"{row['speed_over_like']:.2f}",
             f"{100 * row['equal_share']:.0f}",
+            *(str(row[name]) for name in counts),
         ]
         for row in rows
     ]
+    headers = ["method", "batch", "seconds", "reference", "times", "equal%", "graphs", "later"]
     return [
         "",
-        format_table(["method", "batch", "seconds", "reference", "times", "equal%"], table),
+        format_table(headers[: 6 + len(counts)], table),
         f"times: {min(times):.2f} to {max(times):.2f}, median {statistics.median(times):.2f}",
     ]
