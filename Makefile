@@ -46,7 +46,7 @@ test-app: .venv-app/ready
 
 # More than ten thousand calls, drawn anew each time; a failure prints what reproduces it.
 test-laws: $(READY)
-	nice -n 10 $(BIN)/python -m pytest tests/test_laws.py tests/test_block_causal_decoding.py --hypothesis-profile laws -n 2
+	nice -n 10 $(BIN)/python -m pytest tests/test_laws.py tests/test_block_causal_decoding.py --hypothesis-profile laws -n 2 --dist worksteal
 
 # Versions of Transformers: the oldest that is supported, the last that calls a cache `past_key_values`, the pinned one,
 # and the newest release that the registry serves at this moment.

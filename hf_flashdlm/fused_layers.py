@@ -6,12 +6,15 @@ Knows nothing of masks, steps, policies, or why a cache is frozen where it is.
 Shapes: B batch, T positions fed to this call, K keys attended to, H query heads, G key and value heads.
 """
 
+from typing import Any
+
 import torch
 from torch.nn.functional import rms_norm
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 from transformers.modeling_rope_utils import dynamic_rope_update
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention, Glm4MoeRMSNorm, Glm4MoeRotaryEmbedding
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaRMSNorm,
@@ -20,6 +23,11 @@ from transformers.models.llama.modeling_llama import (
 )
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
 
 from .compiling import takes_past_key_values
 
@@ -35,23 +43,30 @@ class FusedRMSNorm(LlamaRMSNorm):
         return rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-class FusedRotaryEmbedding(LlamaRotaryEmbedding):
-    """
-    [`~transformers.models.llama.modeling_llama.LlamaRotaryEmbedding`] whose sines are negative in the first half of a
-    head, which is the sign that [`rotate`] needs.
-    """
+class _FusedRotaryEmbedding:
+    """The forward of a rotary embedding whose sines are negative in the first half, the sign that [`rotate`] needs."""
 
     keeps_float32 = False
+    inv_freq: Any
+    attention_scaling: Any
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inv_freq = self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = position_ids[..., None] * torch.cat((-inv_freq, inv_freq))  # (B or 1, T, head_dim), float32
+        angles = position_ids[..., None] * torch.cat((-inv_freq, inv_freq))  # (B or 1, T, rotary_dim), float32
         cos, sin = angles.cos(), angles.sin()
         if self.attention_scaling != 1:
             cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         return (cos, sin) if self.keeps_float32 else (cos.to(x.dtype), sin.to(x.dtype))
+
+
+class FusedRotaryEmbedding(_FusedRotaryEmbedding, LlamaRotaryEmbedding):
+    """[`~transformers.models.llama.modeling_llama.LlamaRotaryEmbedding`] for [`rotate`]."""
+
+
+class FusedGlm4MoeRotaryEmbedding(_FusedRotaryEmbedding, Glm4MoeRotaryEmbedding):
+    """The embedding of GLM-4-MoE, which rotates the first part of a head alone, for [`rotate`]."""
 
 
 def rotate(
@@ -63,14 +78,20 @@ def rotate(
     Args:
         query (`torch.Tensor` of shape `(batch_size, sequence_length, n_heads, head_dim)`): Queries.
         key (`torch.Tensor` of shape `(batch_size, sequence_length, n_kv_heads, head_dim)`): Keys.
-        cos, sin (`torch.Tensor` of shape `(batch_size, sequence_length, head_dim)`): From [`FusedRotaryEmbedding`].
+        cos, sin (`torch.Tensor` of shape `(batch_size, sequence_length, rotary_dim)`):
+            From [`FusedRotaryEmbedding`]. What a head has after its first `rotary_dim` numbers stays as it is.
 
     Returns:
         `tuple`: the same in their own dtype, with heads before positions.
     """
     states = torch.cat((query, key), dim=2)
-    half = states.roll(states.shape[-1] // 2, -1)
-    rotated = torch.addcmul(states * cos.unsqueeze(2), half, sin.unsqueeze(2)).to(states.dtype).transpose(1, 2)
+    rotary_dim = cos.shape[-1]
+    turned = states[..., :rotary_dim]
+    half = turned.roll(rotary_dim // 2, -1)
+    rotated = torch.addcmul(turned * cos.unsqueeze(2), half, sin.unsqueeze(2)).to(states.dtype)
+    if rotary_dim < states.shape[-1]:
+        rotated = torch.cat((rotated, states[..., rotary_dim:]), dim=-1)
+    rotated = rotated.transpose(1, 2)
     return rotated[:, : query.shape[2]], rotated[:, query.shape[2] :]
 
 
@@ -143,16 +164,30 @@ class FusedQwen3Attention(_FusedAttention, Qwen3Attention):
     """Attention of Qwen3 by [`attend`]."""
 
 
+class FusedQwen3MoeAttention(_FusedAttention, Qwen3MoeAttention):
+    """Attention of Qwen3-MoE by [`attend`]."""
+
+
+class FusedGlm4MoeAttention(_FusedAttention, Glm4MoeAttention):
+    """Attention of GLM-4-MoE by [`attend`]."""
+
+
 _FUSED: dict[type, type] = {
     LlamaAttention: FusedLlamaAttention,
     Qwen2Attention: FusedQwen2Attention,
     Qwen3Attention: FusedQwen3Attention,
-    **dict.fromkeys((LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm), FusedRMSNorm),
-    **dict.fromkeys((LlamaRotaryEmbedding, Qwen2RotaryEmbedding, Qwen3RotaryEmbedding), FusedRotaryEmbedding),
+    Qwen3MoeAttention: FusedQwen3MoeAttention,
+    Glm4MoeAttention: FusedGlm4MoeAttention,
+    Glm4MoeRotaryEmbedding: FusedGlm4MoeRotaryEmbedding,
+    **dict.fromkeys((LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm, Qwen3MoeRMSNorm, Glm4MoeRMSNorm), FusedRMSNorm),
+    **dict.fromkeys(
+        (LlamaRotaryEmbedding, Qwen2RotaryEmbedding, Qwen3RotaryEmbedding, Qwen3MoeRotaryEmbedding),
+        FusedRotaryEmbedding,
+    ),
 }
 
 
 def fuse_layers(model: PreTrainedModel) -> None:
-    """Let the layers of a Llama, Qwen2 or Qwen3 take fewer operations, in place: weights and their names stay."""
+    """Let the layers of a decoder like Llama take fewer operations, in place: weights and their names stay."""
     for module in model.modules():
         module.__class__ = _FUSED.get(type(module), type(module))

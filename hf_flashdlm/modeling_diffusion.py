@@ -41,5 +41,11 @@ class DiffusionModelMixin(FlashDLMGenerationMixin):
         else:
             make_block_causal(self, config.attention_block_length, config.attention_block_origin)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # Transformers looks in the file of the class. The experts of a family are in that of the class it extends.
+        extended = next(base for base in cls.__mro__ if base.__module__.startswith("transformers.models."))
+        return extended._can_set_experts_implementation()  # type: ignore[attr-defined]  # it is a class of models
+
 
 __all__ = ["DiffusionModelMixin"]

@@ -14,6 +14,7 @@ from hf_flashdlm.compiling import CompiledForward
 
 
 EAGER = CompileConfig(backend="eager", mode=None)
+INDUCTOR = CompileConfig(mode=None)
 PROMPTS = [[5, 70, 200, 41, 333, 62, 90, 8], [77, 130, 402, 256], [300, 21, 450]]
 NAMES = ["llada", "dream"]
 SETTINGS = [
@@ -49,6 +50,10 @@ def fresh():
     counters.clear()
     yield
     torch.compiler.reset()
+
+
+# Modules that torch imports for compiled code warn of deprecated parts of torch.
+importing = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 
 
 def num_graphs():
@@ -119,6 +124,43 @@ def test_nothing_is_compiled_again_after_the_first_call(tiny, setting):
     assert num_graphs() == warm
 
 
+POLICIES = {
+    "none": {"window_policy": "none"},
+    "prefix": {"window_policy": "prefix"},
+    "dual": {"window_policy": "dual"},
+    "dkv": {"window_policy": "dkv"},
+    "freecache": {"window_policy": "freecache"},
+    "fast": {"method": "flashdlm-fast"},
+    "window": {"right_window": 10},
+}
+BIDIRECTIONAL = ["model_llada", "model_dream", "families/block_ar/model_a2d_qwen3", "families/llada2/model_llada_moe"]
+SDAR, FAST_DLLM_V2 = "families/block_ar/model_sdar", "families/block_ar/model_fast_dllm_v2"
+BLOCK_CAUSAL = {SDAR: 8, FAST_DLLM_V2: 32, "families/llada2/model_llada2": 32}  # the length of their blocks here
+ALLOWED = [(name, 8, policy) for name in BIDIRECTIONAL for policy in POLICIES]
+ALLOWED += [(*one, policy) for one in BLOCK_CAUSAL.items() for policy in ("none", "freecache", "fast")]
+ALLOWED += [(FAST_DLLM_V2, 8, "dual"), (SDAR, 8, "window")]
+
+
+@importing
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "block_length", "policy"), ALLOWED)
+def test_every_family_is_compiled_once_under_every_policy(load, name, block_length, policy):
+    # A token per step, so that the first call visits every width.
+    options = {"max_new_tokens": 32, "steps_per_block": block_length, "stop_at_eos": False} | POLICIES[policy]
+    options |= {"block_length": block_length, "return_dict_in_generate": True}
+    model = load(name)
+    if model.config.mask_token_id is None:
+        options["mask_token_id"] = 311
+    prompts = torch.randint(5, 200, (3, 1, 12), generator=torch.Generator().manual_seed(0))
+    eager = [model.generate(prompt, **options) for prompt in prompts]
+    compiled = [model.generate(prompts[0], **options, compile_config=INDUCTOR)]
+    warm = num_graphs()
+    compiled += [model.generate(prompt, **options, compile_config=INDUCTOR) for prompt in prompts[1:]]
+    assert 0 < warm == num_graphs()
+    for one, other in zip(compiled, eager, strict=True):
+        assert one.sequences.equal(other.sequences) and one.nfe.equal(other.nfe)
+
+
 def test_the_width_of_a_compiled_window_is_one_of_few(tiny, decode):
     options = {"max_new_tokens": 40, "block_length": 8, "right_window": 12, "steps": 40, "stop_at_eos": False}
     eager = decode(tiny("dream"), PROMPTS[:1], **options)
@@ -126,10 +168,6 @@ def test_the_width_of_a_compiled_window_is_one_of_few(tiny, decode):
     compiled = decode(tiny("dream"), PROMPTS[:1], **options, compile_config=EAGER)
     static = {forward["input_ids"].shape[1] for forward in compiled.forwards[1:]}
     assert len(widths) > 2 and static <= {16, 32}
-
-
-# Modules that torch imports for captured graphs warn of deprecated parts of torch.
-importing = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
 
 
 @importing

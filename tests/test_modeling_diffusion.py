@@ -274,6 +274,24 @@ def test_llada_moe_never_scales_the_weights_of_experts():
     torch.testing.assert_close(tiny("LLaDAMoE", norm_topk_prob=True)(ids).logits, tiny("LLaDAMoE")(ids).logits)
 
 
+@pytest.mark.parametrize("name", ["llada2/model_llada2", "llada2/model_llada_moe"])
+def test_experts_are_computed_by_any_implementation_of_transformers(name):
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / name).eval()
+    ids = torch.randint(5, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    assert model.config._experts_implementation == "grouped_mm"
+    expected = model(ids).logits
+    for implementation in ("eager", "batched_mm"):
+        model.set_experts_implementation(implementation)
+        torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_without_experts_has_no_implementation_of_them():
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / "block_ar/model_sdar")
+    assert model.config._experts_implementation == "eager"
+    with pytest.raises(ValueError, match="experts"):
+        model.set_experts_implementation("grouped_mm")
+
+
 def test_llada_moe_has_layers_without_experts():
     model = tiny("LLaDAMoE", moe_layer_freq=[0, 1])
     assert [hasattr(layer.mlp, "experts") for layer in model.model.layers] == [False, True]

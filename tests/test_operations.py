@@ -1,19 +1,28 @@
-"""What a layer and a step launch: the counter, the numbers of LLaDA and Dream, and results as before."""
+"""What a layer and a step launch: the counter, the numbers of the families, and results as before."""
 
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 from transformers import AutoModelForCausalLM
+from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention, Glm4MoeRMSNorm, Glm4MoeRotaryEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen3_moe.modeling_qwen3_moe import (
+    Qwen3MoeAttention,
+    Qwen3MoeRMSNorm,
+    Qwen3MoeRotaryEmbedding,
+)
 
 from hf_flashdlm.bench.comparison import report_layers
 from hf_flashdlm.bench.operations import OperationCounter, layer_operations, operations_within
 from hf_flashdlm.fused_layers import (
+    FusedGlm4MoeAttention,
+    FusedGlm4MoeRotaryEmbedding,
     FusedQwen2Attention,
     FusedQwen3Attention,
+    FusedQwen3MoeAttention,
     FusedRMSNorm,
     FusedRotaryEmbedding,
     fuse_layers,
@@ -62,6 +71,9 @@ LAYERS = {
     "model_dream": 20,
     "families/block_ar/model_fast_dllm_v2": 20,
     "families/block_ar/model_a2d_qwen3": 22,
+    # However many experts are hit: router and experts are those of Transformers, with grouped matrix products.
+    "families/llada2/model_llada_moe": 39,
+    "families/llada2/model_llada2": 62,
 }
 
 
@@ -77,7 +89,7 @@ def golden_path(request):
 
 @pytest.mark.parametrize(("name", "operations"), LAYERS.items())
 def test_a_layer_in_bfloat16_takes_few_operations(half, name, operations):
-    assert set(layer_operations(half(name))) == {operations}
+    assert max(layer_operations(half(name))) <= operations
 
 
 def test_a_mask_costs_no_more_than_repeating_the_keys_and_values(half):
@@ -129,6 +141,16 @@ PLAIN = {
         FusedQwen3Attention: Qwen3Attention,
         FusedRMSNorm: Qwen3RMSNorm,
         FusedRotaryEmbedding: Qwen3RotaryEmbedding,
+    },
+    "families/llada2/model_llada_moe": {
+        FusedQwen3MoeAttention: Qwen3MoeAttention,
+        FusedRMSNorm: Qwen3MoeRMSNorm,
+        FusedRotaryEmbedding: Qwen3MoeRotaryEmbedding,
+    },
+    "families/llada2/model_llada2": {
+        FusedGlm4MoeAttention: Glm4MoeAttention,
+        FusedRMSNorm: Glm4MoeRMSNorm,
+        FusedGlm4MoeRotaryEmbedding: Glm4MoeRotaryEmbedding,
     },
 }
 
