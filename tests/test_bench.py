@@ -19,7 +19,7 @@ from transformers.generation.configuration_utils import CompileConfig
 from hf_flashdlm.bench import ablation, comparison, decoding
 from hf_flashdlm.bench.ablation_table import settings
 from hf_flashdlm.bench.decoding import Models
-from hf_flashdlm.bench.machine import Probe
+from hf_flashdlm.bench.machine import Ceilings, Probe
 from hf_flashdlm.bench.models import guider_config, named_config, random_model, twin_config
 from hf_flashdlm.bench.recipe import Recipe
 from hf_flashdlm.bench.recipes import choose, recipes
@@ -114,6 +114,15 @@ def test_compiled_forwards_are_measured_beside_the_others(bench, tmp_path, monke
         assert compiled["warm_up_seconds"] > compiled["seconds"], "it compiled before the runs"
         assert compiled["graphs"] > 0 == compiled["later_graphs"] == plain["graphs"]
     assert "freecache (compiled)" in capsys.readouterr().out.partition("equal%  graphs  later")[2]
+
+
+def test_ceilings_are_measured_before_the_runs_and_after_them(bench, tmp_path, monkeypatch):
+    both = iter([Ceilings(1e9, 4e9), Ceilings(3e9, 2e9)])
+    monkeypatch.setattr(Ceilings, "measure", lambda *_: next(both))
+    path = tmp_path / "record.json"
+    bench(*SHORT, "--methods", "freecache", "--json", str(path))
+    ceilings = json.loads(path.read_text())["ceilings"]
+    assert (ceilings["flops_per_second"], ceilings["bytes_per_second"]) == (3e9, 4e9)
 
 
 def test_graphs_are_captured_where_launches_cost():

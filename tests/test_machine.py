@@ -70,6 +70,10 @@ def test_ceilings_are_numbers_of_this_machine():
     assert 1e8 < ceilings.bytes_per_second < 1e14
 
 
+def test_of_two_measurements_the_higher_is_the_ceiling():
+    assert Ceilings(1.0, 4.0).or_higher(Ceilings(3.0, 2.0)) == Ceilings(3.0, 4.0)
+
+
 def test_the_card_names_what_tunes_allocator_and_threads(monkeypatch):
     monkeypatch.setattr("os.environ", {"GOMP_SPINCOUNT": "9", "HOME": "/home", "MALLOC_TRIM_THRESHOLD_": "7"})
     assert describe_machine(torch.device("cpu"))["environment"] == "GOMP_SPINCOUNT=9 MALLOC_TRIM_THRESHOLD_=7"

@@ -69,6 +69,12 @@ class Ceilings:
         read_seconds = _best_seconds(lambda: matrix @ vector, device)
         return cls(2 * size**3 / product_seconds, matrix.numel() * 4 / read_seconds)
 
+    def or_higher(self, other: "Ceilings") -> "Ceilings":
+        """The higher of two measurements of each."""
+        return Ceilings(
+            max(self.flops_per_second, other.flops_per_second), max(self.bytes_per_second, other.bytes_per_second)
+        )
+
 
 def _best_seconds(work, device: torch.device, limit_seconds: float = 0.5) -> float:
     """The shortest time of `work`, tried for `limit_seconds` and at least five times."""
