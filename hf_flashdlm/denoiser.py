@@ -98,7 +98,8 @@ class Denoiser:
         self.padded = not bool(canvas_mask.all())
         self.canvas_mask = canvas_mask.bool()
         # Slices of it are the positions that a step keeps, and those that it sees: nothing is made anew.
-        self.columns = torch.arange(canvas_mask.shape[1] + WIDTH_STEP, device=canvas_mask.device)
+        self.columns = torch.arange(2 * canvas_mask.shape[1] + WIDTH_STEP, device=canvas_mask.device)
+        self.num_kept = 0
         self.position_ids = (canvas_mask.cumsum(1) - 1).clamp_min(0)
         self.prefix_length = prefix_length
         self.prefix_logits: torch.Tensor | None = None  # (B, 1, V): the scores of the first position after the prefix
@@ -144,14 +145,13 @@ class Denoiser:
         inputs = {"input_ids": input_ids}
         if self.images is not None and self.images.are_fed(self._lows(len(windows))):
             inputs = {"inputs_embeds": self.images.embed(self.model, input_ids, feed)}
-        kept = self.columns[first : first + self._width(last + 1 - first)]
         logits = self.forward(
             **inputs,
             position_ids=position_ids,
             **self._attention([window.attended for window in windows], feed, input_ids.shape[1]),
             cache=self.cache,
             use_cache=self.cache is not None,
-            logits_to_keep=kept.clamp_max(input_ids.shape[1] - 1) if self.is_static else kept,
+            logits_to_keep=self._kept(first, last, input_ids.shape[1]),
         ).logits
         if not isinstance(slots, int):
             rows = torch.arange(len(slots), device=logits.device)[:, None]
@@ -175,6 +175,13 @@ class Denoiser:
     def _width(self, width: int) -> int:
         """`width`, or for static shapes the next of the few that are compiled."""
         return -(-width // WIDTH_STEP) * WIDTH_STEP if self.is_static else width
+
+    def _kept(self, first: int, last: int, num_fed: int) -> torch.Tensor:
+        """The outputs to score, from `first` to `last`; of static shapes as many as any step has needed so far."""
+        if not self.is_static:
+            return self.columns[first : last + 1]
+        self.num_kept = max(self._width(last + 1 - first), self.num_kept)
+        return self.columns[first : first + self.num_kept].clamp_max(num_fed - 1)
 
     def _plan(self, windows: list[Window], positions: list[range], frontier: list[int]):
         """

@@ -364,6 +364,10 @@ def test_a_table_is_aligned():
         (["--config", "tiny", "--plot", "a.txt"], "`--plot` must be a .png or .svg file in a folder"),
         (["--config", "tiny", "--reference", "/no/such.py"], "`--reference` must be a Python file"),
         (["--config", "tiny", "--reference", comparison.__file__ + "x"], "`--reference` must be a Python file"),
+        (
+            ["--config", "tiny", "--reference", "a.py", "--steps", "8"],
+            "`--steps` has no meaning with `--reference`, whose loops write a token per step: drop it.",
+        ),
         (["--config", "tiny", "--guiders", "a,b"], "`--guiders` belongs to `--ablate`"),
         (["--ablate", "--config", "tiny"], "`--config` has no meaning with `--ablate`"),
         (["--ablate", "--compile"], "`--compile` has no meaning with `--ablate`"),

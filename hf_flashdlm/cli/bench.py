@@ -195,6 +195,8 @@ def check(args: argparse.Namespace) -> None:
             raise ValueError(f"`--batch-size` must be one number with `--ablate`, got {args.batch_size}.")
     elif args.guiders is not None:
         raise ValueError("`--guiders` belongs to `--ablate`: drop it, or use `--guider`.")
+    if args.reference is not None and args.steps is not None:
+        raise ValueError("`--steps` has no meaning with `--reference`, whose loops write a token per step: drop it.")
     if args.json not in (None, "-"):
         check_writable("--json", args.json, "- or ")
     if args.show is None:
