@@ -165,8 +165,9 @@ class DiffusionOptions:
         attend_stale (`bool`, *optional*, defaults to `False`):
             Whether positions right of the window are attended with their old states, instead of not at all.
         grow_canvas (`bool`, *optional*, defaults to `False`):
-            Show the model only the blocks up to the current block, so that the cost does not depend on
-            `max_new_tokens`. With block-causal attention, where later blocks are never seen, it always grows.
+            Show the model only the blocks up to the current block, and of that no more than `right_window`, so that
+            the cost does not depend on `max_new_tokens`. With block-causal attention, where later blocks are never
+            seen, it always grows.
         refresh_blocks (`int`, *optional*): Number of blocks after which FreeCache recomputes everything.
         refresh_entropy (`float`, *optional*):
             Recompute everything after a step that wrote a token whose distribution had more entropy than this, in

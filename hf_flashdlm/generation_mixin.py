@@ -326,17 +326,20 @@ def as_diffusion_model(model: PreTrainedModel) -> FlashDLMGenerationMixin:
 
 def _read_options(model, generation_config: GenerationConfig, num_new: int, guider) -> DiffusionOptions:
     """
-    The options of the call. A block length that is recommended or of a method yields to a shorter request, unless
-    attention has blocks; a recommended way to choose tokens yields to a guider.
+    The options of the call. A block length that is recommended or of a method yields to a shorter request. Where
+    attention has blocks it does not, but the windows of a method do. A recommended way to choose tokens yields to a
+    guider.
     """
     options = DiffusionOptions.read(generation_config)
     recommended: set[str] = getattr(generation_config, "_recommended", set())
-    has_blocks = attention_block_length(model) is not None
-    yields = "block_length" in recommended or options.block_length == METHODS.get(options.method or "", {}).get(
-        "block_length"
-    )
-    if yields and not has_blocks and (options.block_length or 0) > num_new > 0:
-        options = replace(options, block_length=num_new)
+    of_method = METHODS.get(options.method or "", {})
+    if attention_block_length(model) is not None:
+        windows = {"right_window": options.right_window, "freeze_length": options.freeze_length}.items()
+        dropped: dict[str, Any] = dict.fromkeys(name for name, value in windows if value == of_method.get(name))
+        options = replace(options, **dropped)
+    elif "block_length" in recommended or options.block_length == of_method.get("block_length"):
+        if (options.block_length or 0) > num_new > 0:
+            options = replace(options, block_length=num_new)
     if guider is not None:
         yielding: dict[str, Any] = dict.fromkeys(recommended.intersection(DECIDING))
         options = replace(options, **yielding)

@@ -33,6 +33,12 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     # With a `guider`, the tokens that it accepts are written; without it, every token that is probable enough.
     "flashdlm": {"window_policy": "freecache"},
-    # Recommended with a guider: masks after the current block are neither computed nor seen.
-    "flashdlm-fast": {"window_policy": "freecache", "grow_canvas": True, "block_length": 16},
+    # Recommended with a guider: only the next masks are computed and seen, and text is frozen when it is finished.
+    "flashdlm-fast": {
+        "window_policy": "freecache",
+        "grow_canvas": True,
+        "block_length": 32,
+        "right_window": 12,
+        "freeze_length": 1,
+    },
 }

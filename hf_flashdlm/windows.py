@@ -126,9 +126,11 @@ class FreeCacheWindow:
             paper's code, the states frozen for the tokens written last are still those of mask tokens.
         left_margin (`int`): Number of tokens at the end of the finished pieces that are still recomputed.
         right_window (`int`, *optional*): Recompute only this many positions from the frontier on; by default all.
+            Forwards that recompute everything do so to the end of the canvas.
         attend_stale (`bool`): Whether positions right of the window are attended with their last states;
             otherwise they are not seen at all.
-        grow_length (`int`, *optional*): As of [`FullWindow`].
+        grow_length (`int`, *optional*): As of [`FullWindow`]. A growing canvas ends with the right window, too, unless
+            stale states are attended.
         refresh_blocks (`int`, *optional*): Number of blocks after which everything is recomputed.
         refresh_entropy (`float`, *optional*): Recompute everything after a step that wrote a token whose
             distribution had more entropy than this, in nats.
@@ -156,11 +158,18 @@ class FreeCacheWindow:
         frozen = row.block_origin + pieces * self.freeze_length - self.left_margin
         # For a row that waits at the end of a growing canvas, its last position is fed.
         lo = 0 if refresh else max(min(frozen, length - 1), 0)
-        # A block that a growing canvas has just reached has no stale states yet.
-        unseen = refresh or (self.grow_length is not None and self.attend_stale and row.block_nfe == 0)
-        is_cut = self.right_window is not None and not unseen
-        hi = min(_rounded(row, row.frontier + self.right_window, self.grow_length or 1), length) if is_cut else length
+        hi = length
+        if self.right_window is not None and not self._reaches_the_end(row, refresh):
+            start = row.frontier if self.grow_length is None else max(row.frontier, row.prompt_length)
+            hi = min(_rounded(row, start + self.right_window, self.grow_length or 1), length)
         return Window(lo, hi, length if self.attend_stale else hi, lo)
+
+    def _reaches_the_end(self, row, refresh: bool) -> bool:
+        """Whether a forward computes all that the canvas holds to its right, whatever the right window."""
+        if self.grow_length is None:
+            return refresh
+        # A growing canvas has no more than what is seen; where that is stale states, a new block has none yet.
+        return self.attend_stale and (refresh or row.block_nfe == 0)
 
     def _refresh(self, row) -> bool:
         enters = self.refresh_blocks is not None and row.block_nfe == 0 and row.block_index % self.refresh_blocks == 0

@@ -301,6 +301,18 @@ def test_a_family_decodes_as_its_authors_recommend(decode, name, method):
     assert decode(model, PROMPTS[:2], **options, steps_per_block=1).nfe.max() <= 12
 
 
+@pytest.mark.parametrize("name", ["block_ar/model_sdar", "block_ar/model_fast_dllm_v2", "llada2/model_llada2"])
+def test_the_windows_of_a_named_method_yield_to_the_blocks_of_attention(decode, name):
+    model = AutoModelForCausalLM.from_pretrained(GOLDENS / name)
+    options = dict(max_new_tokens=40, mask_token_id=311, stop_at_eos=False, confidence_threshold=0.02, guider=None)
+    fast = decode(model, PROMPTS[:2], **options, method="flashdlm-fast")
+    plain = decode(model, PROMPTS[:2], **options, method="fast-dllm", block_length=32)
+    assert fast.sequences.tolist() == plain.sequences.tolist() and fast.nfe.tolist() == plain.nfe.tolist()
+    assert fast.active_tokens.max() < plain.active_tokens.max()
+    with pytest.raises(ValueError, match="`right_window` must hold the 32 positions of a block"):
+        decode(model, PROMPTS[:2], **options, method="flashdlm-fast", right_window=11)
+
+
 def test_a_model_made_bidirectional_again_has_no_attention_blocks():
     model = AutoModelForCausalLM.from_pretrained(GOLDENS / "block_ar/model_sdar").eval()
     ids = torch.tensor([PROMPTS[1]])

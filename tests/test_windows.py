@@ -108,6 +108,14 @@ def test_a_growing_canvas_ends_with_the_block(at):
     assert numbers(FullWindow(grow_length=1)(at(5))) == (0, 7, 7, 0)
 
 
+def test_a_growing_canvas_ends_with_the_right_window_in_the_first_forward_too(at):
+    policy = replace(FREECACHE, grow_length=1, right_window=2)
+    assert numbers(policy(at(4, 0, nfe=0))) == (0, 6, 6, 0)
+    assert numbers(policy(at(1, 0, nfe=0))) == (0, 6, 6, 0), "all of a prompt with masks is seen"
+    assert numbers(replace(policy, refresh_entropy=0.5)(at(5, 4, written_entropy=1.0))) == (0, 7, 7, 0)
+    assert numbers(replace(policy, attend_stale=True)(at(4, 0, nfe=0))) == (0, 7, 7, 0), "stale states must be made"
+
+
 def test_a_row_that_waits_at_the_end_of_a_growing_canvas_is_fed_a_position(at):
     window = replace(FREECACHE, grow_length=1)(at(7, 7, block_index=0, block_start=4, block_stop=7, block_nfe=3))
     assert numbers(window) == (6, 7, 7, 6)
