@@ -1,11 +1,12 @@
 """The time of a decode, part by part. `outside%` of `flashdlm bench` is all parts but the two forwards.
 
     python examples/profile_step.py --json examples/results/profile.json
+    python examples/profile_step.py --batch-size 16 --problems 64 --json examples/results/profile_batch.json
     python examples/profile_step.py --config llada-50m --passes 1 --json examples/results/profile_50m.json
 
-The embedded pair decodes its held-out problems one by one; another shape gets random weights, random prompts and the
-shape of the embedded guider. Each part is counted without the parts that it calls; the fastest of several passes
-counts. The clock itself adds about a microsecond to each call of a part.
+The embedded pair decodes held-out problems; another shape gets random weights, random prompts and the shape of the
+embedded guider. Each part is counted without the parts that it calls, those of both models together where they have
+one name; the fastest of several passes counts. The clock itself adds about a microsecond to each call of a part.
 """
 
 import argparse
@@ -15,6 +16,8 @@ import time
 from collections import Counter
 from functools import wraps
 from pathlib import Path
+
+import torch
 
 from hf_flashdlm import denoising_loop, generation_mixin
 from hf_flashdlm.bench.comparison import RANDOM_PROMPT_LENGTH, make_workload
@@ -31,7 +34,7 @@ from hf_flashdlm.stopping import RowEnds
 from hf_flashdlm.unmasking import Drafter
 
 
-METHODS = ("plain-eos", "freecache+window+threshold", "guided+window+intersection")
+METHODS = ("plain-eos", "freecache+window+threshold", "guided+window+intersection", "fast+guided+intersection")
 NEW_TOKENS = 256
 
 
@@ -68,8 +71,10 @@ class Clock:
 def watched(models: Models) -> Clock:
     """A clock on all parts of a decode."""
     clock = Clock()
-    clock.watch("forward of the model", models.model, "forward")
-    clock.watch("forward of the guider", models.guiders["guider"], "forward")
+    clock.watch("the rest of the model", models.model, "forward")
+    clock.watch("the rest of the guider", models.guiders["guider"], "forward")
+    clock.watch("matrix products of weights", torch.nn.Linear, "forward")
+    clock.watch("attention", torch.nn.functional, "scaled_dot_product_attention")
     clock.watch("windows and inputs", denoising_loop.Blocks, "enter")
     clock.watch("windows and inputs", denoising_loop.Blocks, "candidates")
     clock.watch("windows and inputs", Denoiser, "__call__")
@@ -89,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", choices=SHAPES, default="tiny")
     parser.add_argument("--problems", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -101,7 +107,7 @@ def main() -> None:
     models = load_models(args, device, RANDOM_PROMPT_LENGTH + NEW_TOKENS)
     block_length = models.block_length(None, NEW_TOKENS)
     options = {"max_new_tokens": NEW_TOKENS, "block_length": block_length}
-    workload = make_workload(args, models, 1, options)
+    workload = make_workload(args, models, args.batch_size, options)
     # Random weights end no text: few steps are as long as many.
     steps_per_block = 1 if args.random_weights else block_length
 
@@ -111,7 +117,8 @@ def main() -> None:
         recipe, passes = recipes(steps_per_block, block_length)[name], []
         for _ in range(1 + args.passes):  # the first warms up
             clock.seconds.clear()
-            steps = sum(int(models.decode(recipe, inputs, workload.options)[1].nfe) for inputs in workload.batches)
+            outputs = [models.decode(recipe, inputs, workload.options)[1] for inputs in workload.batches]
+            steps = sum(int(output.nfe.max()) for output in outputs)
             passes.append({part: 1e6 * seconds / steps for part, seconds in clock.seconds.items()})
         best = min(passes[1:], key=lambda times: sum(times.values()))
         rows.append({"method": name, "steps": steps, "microseconds_per_step": best})

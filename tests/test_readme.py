@@ -72,6 +72,31 @@ def expect_reference(record, shown):
         yield [loop, *(f"{pairs[loop, size]['speed_over_like']:.2f}x" for size in sizes)]
 
 
+def expect_loops(record, shown):
+    """A row for each loop and batch size."""
+    yield [*shown[0]]
+    for row in record["rows"]:
+        if row["like"] is not None:
+            shares = f"{row['speed_over_like']:.2f}x", f"{100 * row['equal_share']:.0f}"
+            yield [row["like"], str(row["batch_size"]), *shares, f"{row['seconds_over_floor']:.2f}"]
+
+
+def expect_compiled(record, shown):
+    """A row for each compiled method."""
+    seconds = {row["method"]: row["seconds"] for row in record["rows"]}
+    yield [*shown[0]]
+    for row in record["rows"]:
+        if row["compiled"]:
+            yield [
+                row["like"],
+                *(f"{seconds[name]:.2f}" for name in (row["like"], row["method"])),
+                f"{row['speed_over_like']:.2f}x",
+                f"{100 * row['equal_share']:.0f}",
+                str(row["graphs"]),
+                str(row["later_graphs"]),
+            ]
+
+
 def expect_targets(record, shown):
     """All methods: accuracies at batch 1, and how many times as fast as the opponents they are at each batch size."""
     rows = {(row["method"], row["batch_size"]): row for row in record["rows"]}
@@ -174,6 +199,9 @@ EXPECTED = {
     "limits.json": expect_limits,
     "targets.json": expect_targets,
     "reference.json": expect_reference,
+    "reference_50m.json": expect_loops,
+    "compiled.json": expect_compiled,
+    "compiled_50m.json": expect_compiled,
     "long.json": expect_long,
     "results.json": expect_scores,
 }
