@@ -196,6 +196,7 @@ EXPECTED = {
     "ablation.json, models": expect_guiders,
     "profile.json": expect_profile,
     "profile_50m.json": expect_profile,
+    "profile_batch.json": expect_profile,
     "limits.json": expect_limits,
     "targets.json": expect_targets,
     "reference.json": expect_reference,
