@@ -334,12 +334,13 @@ def _read_options(model, generation_config: GenerationConfig, num_new: int, guid
     recommended: set[str] = getattr(generation_config, "_recommended", set())
     of_method = METHODS.get(options.method or "", {})
     if attention_block_length(model) is not None:
-        windows = {"right_window": options.right_window, "freeze_length": options.freeze_length}.items()
-        dropped: dict[str, Any] = dict.fromkeys(name for name, value in windows if value == of_method.get(name))
+        windows = ("right_window", "freeze_length")
+        dropped: dict[str, Any] = dict.fromkeys(one for one in windows if getattr(options, one) == of_method.get(one))
         options = replace(options, **dropped)
-    elif "block_length" in recommended or options.block_length == of_method.get("block_length"):
-        if (options.block_length or 0) > num_new > 0:
-            options = replace(options, block_length=num_new)
+    elif (options.block_length or 0) > num_new > 0 and (
+        "block_length" in recommended or options.block_length == of_method.get("block_length")
+    ):
+        options = replace(options, block_length=num_new)
     if guider is not None:
         yielding: dict[str, Any] = dict.fromkeys(recommended.intersection(DECIDING))
         options = replace(options, **yielding)

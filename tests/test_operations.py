@@ -66,14 +66,14 @@ def test_operations_are_attributed_to_the_forwards_of_modules():
 
 
 LAYERS = {
-    "model_llada": 21,
-    "model_llada_gqa": 21,
-    "model_dream": 20,
-    "families/block_ar/model_fast_dllm_v2": 20,
-    "families/block_ar/model_a2d_qwen3": 22,
+    "model_llada": {21},
+    "model_llada_gqa": {21},
+    "model_dream": {20},
+    "families/block_ar/model_fast_dllm_v2": {20},
+    "families/block_ar/model_a2d_qwen3": {22},
     # However many experts are hit: router and experts are those of Transformers, with grouped matrix products.
-    "families/llada2/model_llada_moe": 39,
-    "families/llada2/model_llada2": 62,
+    "families/llada2/model_llada_moe": {39},
+    "families/llada2/model_llada2": {23, 61, 62},  # 62 with the router of Transformers 5.18
 }
 
 
@@ -89,7 +89,7 @@ def golden_path(request):
 
 @pytest.mark.parametrize(("name", "operations"), LAYERS.items())
 def test_a_layer_in_bfloat16_takes_few_operations(half, name, operations):
-    assert max(layer_operations(half(name))) <= operations
+    assert set(layer_operations(half(name))) <= operations
 
 
 def test_a_mask_costs_no_more_than_repeating_the_keys_and_values(half):

@@ -22,7 +22,7 @@ from transformers import (
 
 from ..block_causal import attention_block_length
 from ..compiling import device_of
-from ..generation_config import DEFAULT_BLOCK_LENGTH
+from ..generation_config import DiffusionOptions
 from ..generation_output import DiffusionGenerationOutput
 from ..guider import ARGuider
 from ..hub import loading
@@ -69,8 +69,9 @@ def usual_block_length(model: PreTrainedModel, max_new_tokens: int) -> int:
     config, attention = model.generation_config, attention_block_length(model)
     method = getattr(config, "method", None) or getattr(model.config, "recommended_method", None)
     recommended = getattr(config, "block_length", None) or METHODS.get(method, {}).get("block_length")
-    length = recommended or attention or DEFAULT_BLOCK_LENGTH
-    return length if attention is not None else min(length, max_new_tokens)
+    if recommended is not None and attention is None:
+        recommended = min(recommended, max_new_tokens)
+    return DiffusionOptions(block_length=recommended).tiling(max_new_tokens, attention)[0]
 
 
 @dataclass(frozen=True)
