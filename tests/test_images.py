@@ -199,7 +199,7 @@ def test_a_prompt_without_images_is_fed_as_ids(kind, left_padded):
 
 @every_kind
 def test_images_are_encoded_once(kind, left_padded, monkeypatch):
-    model, calls = small(kind), []
+    model, given, calls = small(kind), inputs(kind, left_padded), []
     encode = model.model.get_image_features
 
     @functools.wraps(encode)  # Transformers reads its signature
@@ -208,7 +208,7 @@ def test_images_are_encoded_once(kind, left_padded, monkeypatch):
         return encode(*args, **kwargs)
 
     monkeypatch.setattr(model.model, "get_image_features", counted)
-    run(model, **inputs(kind, left_padded), window_policy="none")
+    run(model, **given, window_policy="none")
     assert len(calls) == 1
 
 
