@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import Qwen2Config
 
 from hf_flashdlm.bench.comparison import warm_up
 from hf_flashdlm.bench.decoding import Models
@@ -22,24 +23,36 @@ from hf_flashdlm.bench.models import named_config, random_model
 from hf_flashdlm.bench.operations import layer_operations
 from hf_flashdlm.bench.recipes import recipes
 from hf_flashdlm.bench.report import format_table, write_json
+from hf_flashdlm.bench.shapes import GUIDER_SHAPES
 from hf_flashdlm.bench.workload import problem_workload
 from hf_flashdlm.console.checkpoint import Checkpoint
+from hf_flashdlm.fused_layers import fused_view
 from hf_flashdlm.tiny import FOLDER
 
 
-SHAPES = ("llada-8b", "dream-7b")
 KEYS = 1024 + 256  # a prompt and its canvas
 STEPS = {"the canvas without a cache": KEYS, "a canvas of 256": 256, "a window of 64": 64, "a window of 32": 32}
+SHAPES = {"llada-8b": STEPS, "dream-7b": STEPS, "qwen2.5-1.5b": {"a guider of 32 drafts": 33}}
+
+
+def config_of(name: str):
+    """The configuration of a diffusion model, or of a guider with the vocabulary of Dream."""
+    if name not in GUIDER_SHAPES:
+        return named_config(name)
+    vocabulary = named_config("dream-7b").vocab_size
+    return Qwen2Config(tie_word_embeddings=True, vocab_size=vocabulary, **GUIDER_SHAPES[name])
 
 
 def launches(name: str) -> int:
     """Operations of the layers in a forward, counted on one of them."""
-    config = named_config(name)
+    config = config_of(name)
     layers = config.num_hidden_layers
     config.num_hidden_layers, config.vocab_size = 1, 64
+    config.layer_types = ["full_attention"]
     for token in ("mask_token_id", "eos_token_id", "pad_token_id", "bos_token_id"):
         setattr(config, token, 0)
-    (per_layer,) = layer_operations(random_model(config, torch.bfloat16, torch.device("cpu"), 0))
+    # A guider is read by its fused view; a diffusion model of the package has such layers itself.
+    (per_layer,) = layer_operations(fused_view(random_model(config, torch.bfloat16, torch.device("cpu"), 0)))
     return layers * per_layer
 
 
@@ -56,9 +69,9 @@ def launches_outside() -> int:
 def limits(name: str, ceilings: Ceilings, launch_seconds: float, outside: int) -> list[dict]:
     """Milliseconds of each kind of work for each kind of step of a shape."""
     with torch.device("meta"):
-        costs = CostModel(random_model(named_config(name), torch.bfloat16, torch.device("meta"), 0))
-    count, rows = launches(name) + outside, []
-    for step, queries in STEPS.items():
+        costs = CostModel(random_model(config_of(name), torch.bfloat16, torch.device("meta"), 0))
+    count, rows = launches(name) + (0 if name in GUIDER_SHAPES else outside), []
+    for step, queries in SHAPES[name].items():
         forward = ForwardShape(1, queries, KEYS, min(queries, 32), cached=queries < KEYS)
         parts = {
             "reading weights and keys": costs.bytes(forward) / ceilings.bytes_per_second,

@@ -5,6 +5,8 @@ on which device its inputs are. Knows nothing of canvases, windows, or which of 
 """
 
 import inspect
+from collections.abc import Mapping
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,9 +44,21 @@ def unwrapped(model):
     return next((module for module in modules if isinstance(module, PreTrainedModel)), model)
 
 
+def forward_parameters(model) -> Mapping[str, inspect.Parameter]:
+    """The parameters of `model.forward` by name; those of a class are looked up once."""
+    forward = model.forward
+    function = getattr(forward, "__func__", None)
+    return inspect.signature(forward).parameters if function is None else _parameters(function)
+
+
+@lru_cache(maxsize=64)
+def _parameters(function) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
+
+
 def cache_name(model) -> str:
     """The name of the cache argument of `model.forward`; code outside of Transformers may use either name."""
-    accepted = inspect.signature(unwrapped(model).forward).parameters
+    accepted = forward_parameters(unwrapped(model))
     return next((name for name in ("cache", "past_key_values") if name in accepted), CACHE_NAME)
 
 

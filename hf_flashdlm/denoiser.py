@@ -5,7 +5,6 @@ that are computed, and the arguments of `forward`. House law: row j of what it r
 Knows nothing of blocks, policies, or how tokens are chosen.
 """
 
-import inspect
 from dataclasses import replace
 
 import torch
@@ -16,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .block_causal import AttentionBlocks, for_backend
 from .cache import FreeCache
-from .compiling import CompiledForward
+from .compiling import CompiledForward, forward_parameters
 from .images import Images
 from .windows import Window
 
@@ -50,7 +49,7 @@ def attention_backend(model) -> str:
             "`attn_implementation` must be eager, sdpa, flex_attention or a flash attention of Transformers, "
             f"whose masks are known, got {name!r}: call `model.set_attn_implementation('sdpa')`."
         )
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = forward_parameters(model).values()
     if backend == "flash" and not any(one.kind is one.VAR_KEYWORD for one in parameters):
         raise ValueError(
             f"`attn_implementation` {name!r} needs a forward that takes further keywords, which that of "

@@ -17,12 +17,13 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention, Glm4MoeRMSNorm, Glm4MoeRotaryEmbedding
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
+    LlamaModel,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
     eager_attention_forward,
 )
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2Model, Qwen2RMSNorm, Qwen2RotaryEmbedding
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3Model, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
     Qwen3MoeAttention,
     Qwen3MoeRMSNorm,
@@ -30,6 +31,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 )
 
 from .compiling import takes_past_key_values
+from .synchronizing import has_plain_weights
 
 
 class FusedRMSNorm(LlamaRMSNorm):
@@ -191,3 +193,30 @@ def fuse_layers(model: PreTrainedModel) -> None:
     """Let the layers of a decoder like Llama take fewer operations, in place: weights and their names stay."""
     for module in model.modules():
         module.__class__ = _FUSED.get(type(module), type(module))
+
+
+def fused_view(model):
+    """
+    A view of a Llama, Qwen2 or Qwen3 of Transformers with the same weights, settings and hooks, whose layers take
+    fewer operations. The model is not changed. Any other model is returned as it is, and so is one whose weights or
+    forwards a library has replaced: quantised, sharded, or fetched when they are needed.
+    """
+    modules = list(model.modules()) if isinstance(model, torch.nn.Module) else []
+    decoders: list[Any] = [module for module in modules if type(module) in (LlamaModel, Qwen2Model, Qwen3Model)]
+    attentions = [getattr(layer, "self_attn", None) for decoder in decoders for layer in decoder.layers]
+    is_known = decoders and all(type(attention) in _FUSED for attention in attentions)
+    if not is_known or any("forward" in vars(module) for module in modules) or not has_plain_weights(model):
+        return model
+    return _view(model)
+
+
+def _view(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with those in it that can be fused; what has none of these is not copied."""
+    children = {name: child and _view(child) for name, child in module._modules.items()}
+    kind = _FUSED.get(type(module), type(module))
+    if kind is type(module) and all(child is module._modules[name] for name, child in children.items()):
+        return module
+    view: Any = object.__new__(kind)
+    # Its own buffers: rotary embeddings of some kinds change theirs as texts grow, beside an attribute.
+    view.__dict__ = vars(module) | {"_modules": children, "_buffers": dict(module._buffers)}
+    return view

@@ -27,7 +27,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from .block_causal import AttentionBlocks, attention_block_length, drop_causality
 from .cache import FreeCache
 from .canvas_processors import CANVAS_PROCESSOR_MEMBERS, CanvasProcessors
-from .compiling import CACHE_NAME, cache_name
+from .compiling import CACHE_NAME, cache_name, forward_parameters
 from .denoiser import ClassifierFreeGuidance, Denoiser
 from .denoising_loop import DenoisingState, denoise
 from .generation_config import DECIDING, PARTS, PEER_NAMES, SCHEDULED, DiffusionOptions
@@ -356,7 +356,7 @@ def _check_generator(generator, do_sample: bool) -> None:
 
 def _check_model(model) -> None:
     """The contract with a model of any class."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = forward_parameters(model)
     needed = ("input_ids", "attention_mask", "position_ids", cache_name(model), "logits_to_keep")
     missing = [name for name in needed if name not in accepted]
     if missing:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .canvas_processors import CanvasProcessor
+from .generation_inputs import vocabulary_size
 from .guider_gate import Gate
 from .guider_reader import ARReader, check_vocabulary, is_language_model
 from .guider_text import Alignment, TextReader, end_ids
@@ -132,7 +133,9 @@ class ARGuider(CanvasProcessor):
                 self.model, alignment, canvas_mask, mask_token_id, ends[1], compile_config
             )
         else:
-            self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
+            self.reader = ARReader(
+                self.model, canvas_mask, mask_token_id, vocabulary_size(diffusion_model), compile_config
+            )
         self.num_rows, self.rows = len(canvas_mask), torch.arange(len(canvas_mask))
         self.padding = (canvas_mask == 0).sum(1).cpu()  # of each row, before its text
         # Of each step: the rows, which of them were asked, and the drafts judged and accepted, on the scores' device.
@@ -157,14 +160,14 @@ class ARGuider(CanvasProcessor):
             `torch.Tensor`: Scores of the same shape.
         """
         started = time.perf_counter()
-        masked = input_ids == self.mask_token_id
         if candidate is None:
-            candidate = masked.gather(1, positions.to(masked.device)).cpu()
+            candidate = (input_ids.gather(1, positions.to(input_ids.device)) == self.mask_token_id).cpu()
         asked = candidate.any(1)  # a row that waits for the others has nothing to judge
         if self.gates is not None:
-            asked = self.gates.ask(self.rows, asked, masked)
+            asked = self.gates.ask(self.rows, asked, input_ids == self.mask_token_id)
+            candidate = candidate & asked[:, None]
         if asked.any():
-            scores = self._judge(input_ids, scores, positions, frontier, candidate & asked[:, None], asked)
+            scores = self._judge(input_ids, scores, positions, frontier, candidate, asked)
         self.seconds += time.perf_counter() - started
         return scores
 
@@ -182,9 +185,10 @@ class ARGuider(CanvasProcessor):
         if self.combine is not None:
             sure = probability >= self.confidence_threshold
             accepted = accepted | sure if self.combine == "union" else accepted & sure
-        accepted = accepted & readable
+        if begins is not None:
+            accepted = accepted & ~begins
         # 3. The longest prefix that it accepts is written, and the first draft in any case.
-        refused = (judged & ~accepted).cumsum(1)  # how many up to each position
+        refused = (judged > accepted).cumsum(1)  # how many up to each position
         prefix = judged & (refused == 0)
         self.counts.append((self.rows, asked, judged, prefix))
         written = prefix | (judged & (positions == frontier[:, None]).to(scores.device))
@@ -201,11 +205,10 @@ class ARGuider(CanvasProcessor):
 
     def _accept(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """Whether tokens of shape `(...)` pass the acceptance rule, given the logits `(..., vocab_size)` for them."""
-        known = ids < logits.shape[-1]  # a vocabulary may be padded to another size
-        score = logits.gather(-1, ids.clamp_max(logits.shape[-1] - 1)[..., None])
+        score = logits.gather(-1, ids[..., None])
         better = (logits > score).sum(-1)
         is_likely = score.squeeze(-1) - logits.amax(-1) >= self.log_threshold
-        return known & (better < min(self.top_k, logits.shape[-1])) & is_likely
+        return (better < min(self.top_k, logits.shape[-1])) & is_likely
 
     def statistics(self, total_seconds: float) -> dict:
         """
@@ -259,7 +262,9 @@ class ProductMixture(CanvasProcessor):
     ) -> None:
         check_vocabulary(self.model, diffusion_model)
         self.mask_token_id, self.temperature, self.generator = mask_token_id, temperature, generator
-        self.reader = ARReader(self.model, canvas_mask, mask_token_id, compile_config)
+        self.reader = ARReader(
+            self.model, canvas_mask, mask_token_id, vocabulary_size(diffusion_model), compile_config
+        )
         self.rows, self.forwards, self.seconds = torch.arange(len(canvas_mask)), [0] * len(canvas_mask), 0.0
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:

@@ -4,7 +4,6 @@ Owns that model's forward, what is asked of it, its cache and what the cache hol
 nothing of acceptance rules, of how drafts are chosen, or of the diffusion model.
 """
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,7 +11,8 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from .compiling import CompiledForward, cache_name, device_of, unwrapped
+from .compiling import CompiledForward, cache_name, device_of, forward_parameters, unwrapped
+from .fused_layers import fused_view
 
 
 PADDING = 256  # two models with one tokenizer may round the size of its vocabulary up differently
@@ -47,7 +47,7 @@ def start_cache(model) -> DynamicCache:
     inner = unwrapped(model)
     name = type(inner).__name__
     if isinstance(inner, PreTrainedModel):
-        accepted = inspect.signature(inner.forward).parameters
+        accepted = forward_parameters(inner)
         missing = [f"`{one}`" for one in (cache_name(model), "logits_to_keep") if one not in accepted]
         if missing and not inner._is_stateful:
             raise ValueError(
@@ -76,9 +76,9 @@ def start_cache(model) -> DynamicCache:
 
 def start_forward(model, compile_config) -> CompiledForward:
     """The forward of `model`, compiled for shapes of any size: what it reads grows, so no graph is captured."""
-    if compile_config is not None:
-        compile_config = replace(compile_config, dynamic=True, mode=None)
-    return CompiledForward(model, compile_config)
+    if compile_config is None:
+        return CompiledForward(fused_view(model))
+    return CompiledForward(model, replace(compile_config, dynamic=True, mode=None))
 
 
 def check_length(model, length: int) -> None:
@@ -117,17 +117,19 @@ class ARReader:
         model (`PreTrainedModel`): A causal language model with attention in every layer.
         canvas_mask (`torch.LongTensor` of shape `(batch_size, canvas_length)`): 0 where the canvas is padding.
         mask_token_id (`int`): The mask token of the canvas.
+        num_ids (`int`): The ids of the canvas are less than this.
         compile_config (`CompileConfig`, *optional*): Compile the forward.
 
     Raises:
         ValueError: If the model has too few positions, or no cache that can be cropped.
     """
 
-    def __init__(self, model, canvas_mask: torch.Tensor, mask_token_id: int, compile_config=None):
+    def __init__(self, model, canvas_mask: torch.Tensor, mask_token_id: int, num_ids: int, compile_config=None):
         check_length(model, int(canvas_mask.sum(1).max()))
         self.forward, self.cache = start_forward(model, compile_config), start_cache(model)
         self.model, self.mask_token_id = model, mask_token_id
         self.vocab_size = model.config.get_text_config().vocab_size
+        self.is_smaller = self.vocab_size < num_ids  # than the vocabulary of the canvas
         self.canvas_mask = canvas_mask.to(device_of(model))
         self.is_padded = not bool(canvas_mask.all())
         self.position_ids = (self.canvas_mask.cumsum(1) - 1).clamp_min(0)
@@ -162,13 +164,17 @@ class ARReader:
         Returns:
             `torch.BoolTensor` of shape `(batch_size, num_positions)`, on the canvas's device.
         """
-        return accept(self.read(canvas, drafts, positions, frontier, judged), drafts)
+        logits = self.read(canvas, drafts, positions, frontier, judged)
+        if not self.is_smaller:
+            return accept(logits, drafts)
+        return accept(logits, drafts.clamp_max(self.vocab_size - 1)) & (drafts < self.vocab_size)
 
     def read(self, canvas, drafts, positions, frontier, judged) -> torch.Tensor:
         """Logits that score `positions`, `(B, N, V)`, on the canvas's device; for the rest see [`ARReader.judge`]."""
         device = self.canvas_mask.device
         ids = fill(canvas, drafts, positions, self.mask_token_id).to(device)
-        ids = ids.clamp_max(self.vocab_size - 1)  # what the model does not know it cannot accept
+        if self.is_smaller:
+            ids = ids.clamp_max(self.vocab_size - 1)  # what the model does not know it cannot accept
         begins, num_positions, clean = positions[:, 0].tolist(), positions.shape[1], int(frontier.min())
         if clean < self.committed:
             raise RuntimeError(

@@ -22,8 +22,11 @@ def is_sharded(model) -> bool:
 
 def has_plain_weights(model) -> bool:
     """Whether all parameters are plain tensors: those of quantizers and of sharding do not support inference mode."""
-    is_distributed = distributed.is_available() and distributed.is_initialized()
-    return not is_distributed and all(type(parameter) is Parameter for parameter in model.parameters())
+    if distributed.is_available() and distributed.is_initialized():
+        return False
+    # `parameters()` would also look for those that are shared, which takes as long as the rest of a call's checks.
+    kinds = {type(parameter) for module in model.modules() for parameter in module._parameters.values()}
+    return kinds <= {Parameter, type(None)}
 
 
 class SynchronizedDenoiser:

@@ -35,10 +35,9 @@ LAYERS = (
     "cache canvas_processors compiling configuration_dream diffusion_loss generation_output guider_gate images "
     "methods processing_lavida schedule streaming synchronizing tokenization_dream unmasking unsupported version "
     "windows",
-    "blocks configuration_diffusion data_collator fused_layers generation_config guider_reader processing_original "
-    "stopping",
+    "blocks configuration_diffusion data_collator fused_layers generation_config processing_original stopping",
     "block_causal configuration_a2d configuration_fast_dllm_v2 configuration_llada2 configuration_llada_moe "
-    "configuration_open_dcoder configuration_sdar",
+    "configuration_open_dcoder configuration_sdar guider_reader",
     "configuration_llada denoiser denoising_loop generation_inputs guider_text",
     "configuration_lavida configuration_mmada guider log_likelihood parts",
     "generation_mixin",

@@ -1,12 +1,15 @@
 """What a layer and a step launch: the counter, the numbers of the families, and results as before."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from accelerate import cpu_offload
 from torch import nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeAttention, Glm4MoeRMSNorm, Glm4MoeRotaryEmbedding
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RMSNorm, Qwen2RotaryEmbedding
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from transformers.models.qwen3_moe.modeling_qwen3_moe import (
@@ -17,6 +20,7 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import (
 
 from hf_flashdlm.bench.comparison import report_layers
 from hf_flashdlm.bench.operations import OperationCounter, layer_operations, operations_within
+from hf_flashdlm.compiling import cache_name
 from hf_flashdlm.fused_layers import (
     FusedGlm4MoeAttention,
     FusedGlm4MoeRotaryEmbedding,
@@ -26,6 +30,7 @@ from hf_flashdlm.fused_layers import (
     FusedRMSNorm,
     FusedRotaryEmbedding,
     fuse_layers,
+    fused_view,
 )
 
 
@@ -186,6 +191,88 @@ def test_fusing_keeps_weights_and_subclasses(tiny):
     before = {name: weight.data_ptr() for name, weight in model.state_dict().items()}
     fuse_layers(model)  # again: nothing is left to do
     assert {name: weight.data_ptr() for name, weight in model.state_dict().items()} == before
+
+
+SIZES = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
+SIZES |= dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+GUIDERS = {
+    "llama": (LlamaConfig, {}, 22),
+    "qwen2": (Qwen2Config, {}, 22),
+    "qwen2-sliding": (Qwen2Config, dict(use_sliding_window=True, sliding_window=5, max_window_layers=1), 22),
+    "qwen3": (Qwen3Config, dict(head_dim=16), 24),
+    "llama-dynamic": (LlamaConfig, dict(rope_parameters=DYNAMIC, max_position_embeddings=8), 22),
+}
+
+
+def autoregressive(name):
+    config, options, _ = GUIDERS[name]
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config(**SIZES | options)).eval()
+
+
+def read(model, ids, pieces=(5, 3, 4)):
+    """Logits of `ids`, read piece by piece with a cache."""
+    cache, start, logits = DynamicCache(config=model.config), 0, []
+    for length in pieces:
+        with torch.inference_mode():
+            output = model(ids[:, start : start + length], use_cache=True, **{cache_name(model): cache})
+        logits.append(output.logits)
+        start += length
+    return torch.cat(logits, 1)
+
+
+IDS = torch.randint(0, 64, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_a_fused_view_of_a_guider_gives_its_logits_and_leaves_it_as_it_was(name):
+    model = autoregressive(name)
+    kinds, expected = [type(module) for module in model.modules()], read(model, IDS)
+    for _ in range(2):  # frequencies that grew with the text are forgotten with the view
+        view = fused_view(model)
+        assert view is not model and type(view) is type(model)
+        torch.testing.assert_close(read(view, IDS), expected, atol=1e-5, rtol=1e-5)
+        assert [type(module) for module in model.modules()] == kinds
+        assert torch.equal(read(model, IDS), expected)
+    assert all(one is other for one, other in zip(view.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", GUIDERS)
+def test_a_layer_of_a_fused_view_takes_few_operations(name):
+    model = autoregressive(name).to(torch.bfloat16)
+    assert set(layer_operations(fused_view(model))) == {GUIDERS[name][2]}
+    assert min(layer_operations(model)) >= 36
+
+
+def test_hooks_of_a_model_are_called_through_its_fused_view():
+    model, seen = autoregressive("llama"), []
+    for module in (model, model.model.layers[1].self_attn, model.model.norm, model.lm_head):
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    read(fused_view(model), IDS, pieces=(12,))
+    assert seen == ["FusedLlamaAttention", "FusedRMSNorm", "Linear", "LlamaForCausalLM"]
+
+
+def test_what_was_fused_or_is_not_known_is_its_own_view(tiny):
+    offloaded, replaced, wrapped, quantised, cut = (autoregressive("llama") for _ in range(5))
+    cpu_offload(offloaded, execution_device="cpu")
+    replaced.model.layers[0].self_attn.__class__ = type("Mine", (LlamaAttention,), {})
+    wrapped.forward = wrapped.forward
+    quantised.lm_head.weight = type("Weight", (nn.Parameter,), {})(quantised.lm_head.weight)
+    cut.model.layers[1] = nn.Identity()
+    other = AutoModelForCausalLM.from_config(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64))
+    for model in (
+        tiny("llada"),
+        tiny("dream"),
+        offloaded,
+        replaced,
+        wrapped,
+        quantised,
+        cut,
+        other,
+        SimpleNamespace(),
+    ):
+        assert fused_view(model) is model
 
 
 def test_a_norm_whose_weight_was_kept_in_float32_answers_as_that_of_transformers():

@@ -42,6 +42,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..fused_layers import fused_view
 from .decoding import Models
 from .machine import Ceilings, CostModel, peak_memory
 from .models import load_models, random_model, twin_config
@@ -106,7 +107,10 @@ def compare(args: argparse.Namespace, device: torch.device, note: Callable[[str]
     return {
         "options": options,
         "ceilings": vars(ceilings) | {"dtype": str(models.model.dtype)},
-        "models": {name: describe(model, costs[name]) for name, model in models.named().items()},
+        "models": {
+            name: describe(fused_view(model) if name in models.guiders else model, costs[name])
+            for name, model in models.named().items()
+        },
         "rows": rows,
     }
 
