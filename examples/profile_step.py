@@ -1,8 +1,8 @@
 """The time of a decode, part by part. `outside%` of `flashdlm bench` is all parts but the two forwards.
 
     python examples/profile_step.py --json examples/results/profile.json
-    python examples/profile_step.py --batch-size 16 --problems 64 --json examples/results/profile_batch.json
-    python examples/profile_step.py --config llada-50m --passes 1 --json examples/results/profile_50m.json
+    python examples/profile_step.py --batch-size 16 --problems 32 --passes 1 --json examples/results/profile_batch.json
+    python examples/profile_step.py --config llada-50m --new-tokens 64 --passes 1 --json examples/results/profile_50m.json
 
 The embedded pair decodes held-out problems; another shape gets random weights, random prompts and the shape of the
 embedded guider. Each part is counted without the parts that it calls, those of both models together where they have
@@ -35,7 +35,6 @@ from hf_flashdlm.unmasking import Drafter
 
 
 METHODS = ("plain-eos", "freecache+window+threshold", "guided+window+intersection", "fast+guided+intersection")
-NEW_TOKENS = 256
 
 
 class Clock:
@@ -96,6 +95,7 @@ def main() -> None:
     parser.add_argument("--config", choices=SHAPES, default="tiny")
     parser.add_argument("--problems", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--passes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
@@ -105,9 +105,9 @@ def main() -> None:
 
     args.random_weights = args.config != "tiny"
     args.guider = "tiny" if args.random_weights else None
-    models = load_models(args, device, RANDOM_PROMPT_LENGTH + NEW_TOKENS)
-    block_length = models.block_length(None, NEW_TOKENS)
-    options = {"max_new_tokens": NEW_TOKENS, "block_length": block_length}
+    models = load_models(args, device, RANDOM_PROMPT_LENGTH + args.new_tokens)
+    block_length = models.block_length(None, args.new_tokens)
+    options = {"max_new_tokens": args.new_tokens, "block_length": block_length}
     workload = make_workload(args, models, args.batch_size, options)
     # Random weights end no text: few steps are as long as many.
     steps_per_block = 1 if args.random_weights else block_length
