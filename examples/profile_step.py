@@ -1,8 +1,8 @@
 """The time of a decode, part by part. `outside%` of `flashdlm bench` is all parts but the two forwards.
 
-    python examples/profile_step.py --json examples/results/profile.json
-    python examples/profile_step.py --batch-size 16 --problems 32 --passes 1 --json examples/results/profile_batch.json
-    python examples/profile_step.py --config llada-50m --new-tokens 64 --passes 1 --json examples/results/profile_50m.json
+    python examples/profile_step.py --json FILE
+    python examples/profile_step.py --batch-size 16 --problems 32 --passes 1 --json FILE
+    python examples/profile_step.py --config llada-50m --new-tokens 64 --passes 1 --json FILE
 
 The embedded pair decodes held-out problems; another shape gets random weights, random prompts and the shape of the
 embedded guider. Each part is counted without the parts that it calls, those of both models together where they have
