@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import Qwen2Config
 
 from hf_flashdlm.bench.comparison import warm_up
 from hf_flashdlm.bench.decoding import Models
 from hf_flashdlm.bench.machine import Ceilings, CostModel, ForwardShape, commit, versions
-from hf_flashdlm.bench.models import named_config, random_model
+from hf_flashdlm.bench.models import guider_config, named_config, random_model
 from hf_flashdlm.bench.operations import layer_operations
 from hf_flashdlm.bench.recipes import recipes
 from hf_flashdlm.bench.report import format_table, write_json
@@ -39,8 +38,7 @@ def config_of(name: str):
     """The configuration of a diffusion model, or of a guider with the vocabulary of Dream."""
     if name not in GUIDER_SHAPES:
         return named_config(name)
-    vocabulary = named_config("dream-7b").vocab_size
-    return Qwen2Config(tie_word_embeddings=True, vocab_size=vocabulary, **GUIDER_SHAPES[name])
+    return guider_config(argparse.Namespace(guider=name, config=None), named_config("dream-7b"))
 
 
 def launches(name: str) -> int:
